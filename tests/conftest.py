@@ -1,0 +1,241 @@
+"""Real parts for the tests: rclone's S3 server, ts3d as a process of its own, and Threat Stack's stand-in."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import threatstack
+
+ROOT = Path(__file__).parent.parent
+TS3D = ROOT / "ts3d.py"
+BUCKET = "evidence"
+TOKEN = "open-sesame"
+AWS = {
+    "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
+    "AWS_SECRET_ACCESS_KEY": "aws-secret-access-key",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+TUTORIAL_ID = "587c0159a907346eccb84004"
+
+
+def until(condition, seconds=20, what="that"):
+    """Wait for `condition` to return something true, and return it."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def listening(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def environment(**more):
+    """The environment of what is started: nothing of this shell's AWS or ts3d settings."""
+    names = ("AWS_", "TS_AWS_", "THREATSTACK_", "CREDENTIALS_", "STATE_DIR", "JOURNAL_", "http", "HTTP")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    return {**kept, **AWS, **{name: str(value) for name, value in more.items()}}
+
+
+class Rclone:
+    """`rclone serve s3`: a real S3 server, signature checks included, on a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.port = free_port()
+        self.process = None
+        (folder / BUCKET).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        rclone = shutil.which("rclone", path=str(Path(sys.executable).parent)) or "rclone"
+        key = f"{AWS['AWS_ACCESS_KEY_ID']},{AWS['AWS_SECRET_ACCESS_KEY']}"
+        command = [rclone, "serve", "s3", "--auth-key", key, "--addr", f"127.0.0.1:{self.port}", str(self.folder)]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment(RCLONE_CONFIG=os.devnull))
+        until(lambda: listening(self.port), what="rclone")
+
+    def stop(self):
+        if self.process:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def objects(self, under=""):
+        """What S3 holds: bodies by key."""
+        top = self.folder / BUCKET
+        found = sorted(path for path in top.rglob("*") if path.is_file() and ".partial" not in path.name)
+        bodies = {str(path.relative_to(top)): path.read_bytes() for path in found}
+        return {key: body for key, body in bodies.items() if key.startswith(under)}
+
+    def clear(self):
+        shutil.rmtree(self.folder / BUCKET)
+        (self.folder / BUCKET).mkdir()
+
+
+class Daemon:
+    """ts3d.py serve with a configuration of its own."""
+
+    def __init__(self, folder, **options):
+        self.folder = folder
+        self.process = None
+        self.config = folder / "ts3d.conf"
+        self.queue = folder / "queue.db"
+        self.log_file = folder / "log"
+        self.environment = environment()
+        self.address = ("127.0.0.1", 0)
+        self.options = {
+            ("server", "listen"): "127.0.0.1:0",
+            ("server", "webhook_token"): TOKEN,
+            ("threatstack", "api_key"): threatstack.KEY,
+            ("s3", "bucket"): BUCKET,
+        }
+        self.set(**options)
+
+    def set(self, **options):
+        """Change options, named section__option; None takes one away. Writes the file."""
+        for name, value in options.items():
+            section, _, option = name.partition("__")
+            self.options[section.replace("put_object", "s3:put_object"), option] = value
+        sections = {}
+        for (section, option), value in self.options.items():
+            if value is not None:
+                sections.setdefault(section, []).append(f"{option} = {value}\n")
+        self.config.write_text("\n".join(f"[{name}]\n" + "".join(lines) for name, lines in sections.items()))
+
+    def command(self, *arguments):
+        return [sys.executable, str(TS3D), *arguments, "-c", str(self.config)]
+
+    def run(self, *arguments, timeout=30):
+        return subprocess.run(
+            self.command(*arguments), env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    def start(self):
+        begin = self.log_file.stat().st_size if self.log_file.exists() else 0
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(self.command("serve"), stderr=log, env=self.environment)
+        line = until(lambda: self.process.poll() is not None or self.logged(r"listens on \S+:(\d+)", begin), 20, "start")
+        assert line is not True, f"ts3d ended with {self.process.returncode}: {self.log()}"
+        self.address = ("127.0.0.1", int(line[1]))
+        return self
+
+    def log(self, begin=0):
+        return self.log_file.read_bytes()[begin:].decode()
+
+    def logged(self, pattern, begin=0):
+        return re.search(pattern, self.log(begin))
+
+    def stop(self, sig=signal.SIGTERM):
+        """Stop it and return its exit code."""
+        self.process.send_signal(sig)
+        code = self.process.wait(15)
+        self.process = None
+        return code
+
+    def kill(self):
+        return self.stop(signal.SIGKILL)
+
+    def request(self, method, path, body=None, headers=()):
+        connection = http.client.HTTPConnection(*self.address, timeout=40)
+        try:
+            connection.request(method, path, body, dict(headers))
+            response = connection.getresponse()
+            text = response.read()
+            return response.status, json.loads(text) if text else None, response.headers
+        finally:
+            connection.close()
+
+    def post(self, body, token=TOKEN):
+        """POST a webhook: bytes as they are, or something to encode. Status and answer."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return self.request("POST", "/api/v1/s3/alert", data, headers)[:2]
+
+    def health(self):
+        return self.request("GET", "/healthz")[1]
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory):
+    server = Rclone(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(rclone):
+    rclone.clear()
+    yield rclone
+    if not rclone.process or rclone.process.poll() is not None:
+        rclone.start()
+
+
+@pytest.fixture
+def api():
+    server = threatstack.Faulty()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def new_daemon(tmp_path, s3, api):
+    """Makes daemons; none outlives its test, none may leave a traceback or a secret in its log."""
+    daemons = []
+
+    def make(start=True, **options):
+        folder = tmp_path / f"ts3d-{len(daemons)}"
+        folder.mkdir()
+        options = {"threatstack__base_url": f"{api.url}/api/v1", "s3__endpoint_url": s3.url, **options}
+        daemons.append(Daemon(folder, **options))
+        return daemons[-1].start() if start else daemons[-1]
+
+    yield make
+    for daemon in daemons:
+        if daemon.process:
+            daemon.kill()
+        log = daemon.log() if daemon.log_file.exists() else ""
+        assert "Traceback" not in log, log
+        assert "internal error" not in log, log
+        for secret in (TOKEN, threatstack.KEY, AWS["AWS_SECRET_ACCESS_KEY"]):
+            assert secret not in log, log
+
+
+@pytest.fixture
+def daemon(new_daemon):
+    return new_daemon()
+
+
+def alert(number=0, **members):
+    """A valid alert, the number in its id and minute."""
+    return {"id": f"alert-{number:06}", "created_at": 1484661065000 + number * 60000, "severity": 1, **members}
+
+
+def keys_of(alert_id, minute):
+    return [f"alerts/{alert_id[:2]}/{alert_id[2:4]}/{alert_id}", f"webhooks/{minute}/{alert_id}"]

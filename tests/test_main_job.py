@@ -1,0 +1,167 @@
+"""The main job: a webhook comes in, its alerts are in S3, byte for byte."""
+
+import json
+import re
+import signal
+import threading
+import time
+
+import pytest
+import threatstack
+from conftest import TOKEN, TUTORIAL_ID, alert, keys_of, until
+
+TUTORIAL = (
+    b'{"alerts": [ {"id":"587c0159a907346eccb84004", "title": "caf\\u00e9 caf\xc3\xa9",\n "created_at": 1484661065000,'
+    b' "severity":1.50, "big": 123456789012345678901234567890 } ]}'
+)
+TUTORIAL_ALERT = TUTORIAL[len(b'{"alerts": [ ') : -len(b" ]}")]
+
+
+def test_the_tutorials_own_case(daemon, s3, api):
+    status, answer = daemon.post(TUTORIAL)
+    assert (status, answer) == (200, {"success": True, "alerts": [{"id": TUTORIAL_ID, "state": "archived"}]})
+    assert s3.objects() == {
+        "webhooks/2017/01/17/13/51/587c0159a907346eccb84004": TUTORIAL_ALERT,
+        "alerts/58/7c/587c0159a907346eccb84004": threatstack.detail(TUTORIAL_ID),
+    }
+    assert api.paths() == [f"/api/v1/alerts/{TUTORIAL_ID}"]
+    assert api.calls[0][2]["Authorization"] == threatstack.KEY
+
+
+def test_a_bare_alert_with_a_string_of_milliseconds(daemon, s3):
+    body = b'{"id": "587c0159a907346eccb84004", "created_at": "1459447024000", "severity": "1"}'
+    assert daemon.post(body + b"\n")[1]["alerts"] == [{"id": TUTORIAL_ID, "state": "archived"}]
+    assert s3.objects("webhooks/") == {f"webhooks/2016/03/31/17/57/{TUTORIAL_ID}": body}
+
+
+def test_a_batch_of_25(daemon, s3, api):
+    alerts = [alert(n) for n in range(25)]
+    status, answer = daemon.post({"alerts": alerts})
+    assert status == 200
+    assert answer["alerts"] == [{"id": a["id"], "state": "archived"} for a in alerts]
+    assert len(s3.objects("webhooks/")) == len(s3.objects("alerts/")) == len(api.calls) == 25
+    for a in alerts:
+        assert s3.objects()[f"alerts/{a['id'][:2]}/{a['id'][2:4]}/{a['id']}"] == threatstack.detail(a["id"])
+
+
+def test_the_prefix(new_daemon, s3):
+    new_daemon(s3__prefix="a/b").post(TUTORIAL)
+    assert list(s3.objects()) == ["a/b/" + key for key in keys_of(TUTORIAL_ID, "2017/01/17/13/51")]
+
+
+def test_organization_goes_with_the_key(new_daemon, api):
+    new_daemon(threatstack__organization_id="org-1").post(TUTORIAL)
+    assert api.calls[0][2]["Organization"] == "org-1"
+
+
+@pytest.mark.parametrize(
+    ("created_at", "minute"),
+    [
+        (0, "1970/01/01/00/00"),
+        (1459447024000.75, "2016/03/31/17/57"),
+        (253402300799999, "9999/12/31/23/59"),
+        ("1459447024000", "2016/03/31/17/57"),
+        ("2017-01-17T13:51:05Z", "2017/01/17/13/51"),
+        ("2017-01-17t15:51:05.123456789+02:00", "2017/01/17/13/51"),
+        ("2016-12-31T18:59:60-05:00", "2016/12/31/23/59"),
+    ],
+)
+def test_times(daemon, s3, created_at, minute):
+    assert daemon.post(alert(id="time", created_at=created_at))[0] == 200
+    assert list(s3.objects("webhooks/")) == [f"webhooks/{minute}/time"]
+
+
+def test_nothing_to_do(daemon, s3):
+    assert daemon.post({"alerts": []}) == (200, {"success": True, "alerts": []})
+    assert s3.objects() == {}
+
+
+def test_the_same_alert_twice_is_one_job(daemon, s3, api):
+    body = {"alerts": [alert(1), alert(1), alert(1, severity=2)]}
+    assert [a["state"] for a in daemon.post(body)[1]["alerts"]] == ["archived"] * 3
+    assert len(api.calls) == 2
+    daemon.post({"alerts": [alert(1)]})
+    assert len(api.calls) == 3
+    assert len(s3.objects()) == 2
+
+
+def test_wait_0_answers_as_soon_as_the_alerts_are_on_disk(new_daemon, s3, api):
+    daemon = new_daemon(server__wait="0")
+    api.mode = "hang"
+    assert daemon.post(TUTORIAL) == (200, {"success": True, "alerts": [{"id": TUTORIAL_ID, "state": "queued"}]})
+    api.mode = None
+    api.released.set()
+    until(lambda: len(s3.objects()) == 2)
+
+
+def test_workers_0_only_receives_and_needs_no_upstream(new_daemon):
+    daemon = new_daemon(archive__workers="0", s3__bucket=None, threatstack__api_key=None, server__wait="30")
+    assert daemon.post(TUTORIAL)[1]["alerts"] == [{"id": TUTORIAL_ID, "state": "queued"}]
+    assert daemon.health()["queued"] == 1
+
+
+def test_put_object_parameters(new_daemon, s3):
+    options = {"put_object__StorageClass": "STANDARD", "put_object__Metadata": '{"a": "b"}'}
+    daemon = new_daemon(**options, put_object__BucketKeyEnabled="no")
+    assert daemon.post(TUTORIAL)[1]["alerts"][0]["state"] == "archived"
+
+
+def test_a_webhook_with_something_rejected_is_200_and_kept_whole(daemon, s3):
+    body = json.dumps({"alerts": [alert(1), {"id": "a/../../../x", "created_at": 0}, 7, alert(2)]}).encode()
+    status, answer = daemon.post(body)
+    assert (status, answer["success"]) == (200, True)
+    assert [(a["id"], a["state"]) for a in answer["alerts"]] == [
+        ("alert-000001", "archived"),
+        ("a/../../../x", "rejected"),
+        (None, "rejected"),
+        ("alert-000002", "archived"),
+    ]
+    assert "alerts[1].id" in answer["alerts"][1]["error"]["message"]
+    assert "alerts[2]" in answer["alerts"][2]["error"]["message"]
+    ((key, kept),) = until(lambda: s3.objects("rejected/")).items()
+    assert re.fullmatch(r"rejected/\d{4}(/\d\d){4}/[0-9a-f]{64}", key)
+    assert kept == body
+    assert len(s3.objects("webhooks/")) == 2
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_daemon_answers_what_it_has_and_keeps_what_it_took(new_daemon, s3, api, sig):
+    daemon = new_daemon(server__wait="30", threatstack__timeout="30")
+    api.mode = "hang"
+    answers = []
+    client = threading.Thread(target=lambda: answers.append(daemon.post(TUTORIAL)))
+    client.start()
+    until(lambda: api.calls)
+    begin = time.monotonic()
+    assert daemon.stop(sig) == 0
+    assert time.monotonic() - begin < 10
+    client.join()
+    assert answers[0][0] == 200
+    assert answers[0][1]["alerts"][0]["state"] == "queued"
+    api.mode = None
+    api.released.set()
+    daemon.start()
+    until(lambda: len(s3.objects()) == 2)
+
+
+def test_a_stopped_daemon_waits_for_no_idle_connection(daemon):
+    import http.client
+
+    connection = http.client.HTTPConnection(*daemon.address)
+    connection.request("GET", "/healthz")
+    connection.getresponse().read()
+    begin = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - begin < 5
+
+
+def test_the_log_has_one_line_a_request_and_one_an_alert(daemon):
+    daemon.request("POST", f"/api/v1/s3/alert?token={TOKEN}", TUTORIAL)
+    daemon.request("GET", "/a%0ab")
+    daemon.stop()
+    lines = daemon.log().splitlines()
+    assert len([line for line in lines if "POST /api/v1/s3/alert 200" in line]) == 1
+    (archived,) = [line for line in lines if "archived" in line and "listens" not in line]
+    for part in (TUTORIAL_ID, *keys_of(TUTORIAL_ID, "2017/01/17/13/51")):
+        assert part in archived
+    assert TOKEN not in daemon.log()

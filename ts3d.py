@@ -1,0 +1,2180 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["boto3>=1.26"]
+# ///
+"""ts3d archives Threat Stack's alerts in AWS S3.
+
+It receives Threat Stack's webhooks, keeps each alert on disk before it answers, fetches the alert's detail from the
+Threat Stack API, and puts both into S3. An alert is acknowledged (200) once it is on disk, archived once it is in S3,
+and forgotten only then: whatever dies in between, an acknowledged alert reaches S3.
+
+The file reads in the order in which an alert travels: configuration and log, webhook, queue, upstreams (Threat Stack
+and S3), archiver, HTTP, commands. README.md is its manual.
+"""
+
+import argparse
+import base64
+import configparser
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import hmac
+import http.client
+import http.server
+import importlib.util
+import io
+import ipaddress
+import json
+import logging
+import os
+import queue
+import random
+import re
+import resource
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
+
+VERSION = "0.1.0"
+T = TypeVar("T")
+log = logging.getLogger("ts3d")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one table says what can be set; validation, messages and the test of ts3d.conf come from it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; its text names file, option, value, cause and remedy. Exit code 78."""
+
+
+def matching(pattern: str, meaning: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A parser of options: `convert`s text that matches, and raises ValueError for any other."""
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"not {meaning}")
+        return convert(text)
+
+    return parse
+
+
+def between(parse: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
+    """A parser like `parse` that raises ValueError for a value outside of low … high."""
+
+    def parse_between(text: str) -> Any:
+        value = parse(text)
+        if not low <= value <= high:
+            raise ValueError(f"not within {low:g} to {high:g}")
+        return value
+
+    return parse_between
+
+
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SHIFTS = {"K": 10, "M": 20, "G": 30, "T": 40}
+duration = matching(
+    r"[0-9]{1,9}(\.[0-9]{1,9})?[smhd]?",
+    "a time: write seconds, or a number with s, m, h or d, such as 30s or 7d",
+    lambda text: float(text.rstrip("smhd")) * SECONDS.get(text[-1], 1),
+)
+size = matching(
+    "[1-9][0-9]{0,11}[KMGT]?",
+    "a size: write bytes, or a number with K, M, G or T, such as 8M",
+    lambda text: int(text.rstrip("KMGT")) << SHIFTS.get(text[-1], 0),
+)
+whole = matching("[0-9]{1,9}", "a whole number", int)
+boolean = matching(
+    "(?i:yes|no|true|false|on|off|1|0)", "yes or no", lambda text: text.lower() in ("yes", "true", "on", "1")
+)
+address = matching(
+    r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):[0-9]{1,5}",
+    "an address: write HOST:PORT, or [::1]:PORT for IPv6",
+    lambda text: (urllib.parse.urlsplit(f"//{text}").hostname, urllib.parse.urlsplit(f"//{text}").port),
+)
+url = matching(
+    r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[^\s?#]*)?",
+    "a URL of the form https://HOST/PATH",
+    lambda text: text.rstrip("/"),
+)
+word = matching("[!-~]+", "one word of visible ASCII characters")
+words = matching(r"\s*([!-~]+\s*)+", "words of visible ASCII characters, one a line", str.split)
+key_prefix = matching(
+    r"([^/\x00-\x1f\x7f]+(/[^/\x00-\x1f\x7f]+)*)?",
+    "a key prefix: no slash at either end, no empty part, no control character",
+)
+bucket_name = matching(
+    "[A-Za-z0-9._-]{3,255}|arn:[A-Za-z0-9:/_-]+",
+    "a bucket: write its name alone, without s3:// and without a path",
+)
+
+
+class Option(NamedTuple):
+    """One option of ts3d.conf: where it stands, how its text becomes a value, its default's text, what it means."""
+
+    section: str
+    name: str
+    parse: Callable[[str], Any]
+    default: str | None
+    help: str
+    secret: bool = False  # never shown, and NAME_file may name a file that holds it
+
+
+OPTIONS = (
+    Option("server", "listen", address, "127.0.0.1:8080", "HOST:PORT or [::1]:PORT to listen on"),
+    Option("server", "webhook_token", words, None, "secret that a webhook must present; several, one a line", True),
+    Option("server", "metrics_token", word, None, "secret for /metrics", True),
+    Option("server", "wait", between(duration, 0, 30), "2", "seconds an answer waits for S3; 0: not at all"),
+    Option("server", "max_body", between(size, 1, 64 << 20), "8M", "bytes of one webhook"),
+    Option("server", "request_timeout", between(duration, 0.1, 3600), "10", "seconds for a whole request to arrive"),
+    Option("server", "max_connections", between(whole, 1, 65536), "1024", "connections held at once"),
+    Option("server", "tls_certificate", str, None, "PEM file: serve HTTPS with this certificate chain"),
+    Option("server", "tls_key", str, None, "PEM file: the certificate's key"),
+    Option("threatstack", "auth", matching("key|hawk", "key or hawk"), "key", "key (API v1) or hawk (API v2)"),
+    Option("threatstack", "base_url", url, None, "the API's URL; by default the one that goes with auth"),
+    Option("threatstack", "api_key", word, None, "the API's key", True),
+    Option("threatstack", "user_id", word, None, "Hawk's id", True),
+    Option("threatstack", "organization_id", word, None, "Hawk's ext; with auth = key the Organization header"),
+    Option("threatstack", "events", boolean, "yes", "with Hawk, archive contributing events too"),
+    Option("threatstack", "timeout", between(duration, 0.1, 3600), "30", "seconds for one call, whole"),
+    Option("s3", "bucket", bucket_name, None, "the bucket"),
+    Option("s3", "prefix", key_prefix, "", "prefix of every key, without a slash at either end"),
+    Option("s3", "region", word, None, "AWS region; by default where boto3 finds it"),
+    Option("s3", "endpoint_url", url, None, "S3 endpoint; by default where boto3 finds it"),
+    Option("queue", "path", str, None, "the SQLite file; by default in $STATE_DIRECTORY, else beside this file"),
+    Option("queue", "max_size", size, "1G", "bytes that queued alerts may take"),
+    Option("archive", "workers", between(whole, 0, 1024), "16", "alerts archived at once; 0 only receives"),
+    Option(
+        "archive", "give_up_after", between(duration, 0, 10**9), "7d", "time after which a failing alert is set aside"
+    ),
+    Option(
+        "log",
+        "level",
+        matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"),
+        "INFO",
+        "least level that is logged",
+    ),
+)
+PUT_OBJECT = "s3:put_object"  # this section's options are put_object's own parameters, not ts3d's
+OWN_PARAMETERS = ("Bucket", "Key", "Body", "ContentType", "ChecksumSHA256")
+ENVIRONMENT = {  # the tutorial's variables, which override the file
+    "THREATSTACK_BASE_URL": "base_url",
+    "THREATSTACK_API_KEY": "api_key",
+    "TS_AWS_S3_BUCKET": "bucket",
+    "TS_AWS_S3_PREFIX": "prefix",
+}
+BASE_URLS = {"key": "https://app.threatstack.com/api/v1", "hawk": "https://api.threatstack.com/v2"}
+HOLD_BACK = 16 << 20  # bytes of disk that webhooks leave free, so that there is room to drain the queue
+SECRETS: set[str] = set()  # what `redact` takes out of whatever is said
+
+
+def redact(text: str) -> str:
+    """`text` without any configured secret, also where another program quoted it in its error."""
+    for secret in SECRETS:
+        text = text.replace(secret, "***")
+    return text
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean …?)` with the known name that is most like this one, or nothing."""
+    import difflib  # only a misspelt option needs it, and it is slow to import
+
+    close = difflib.get_close_matches(name.lower(), {k.lower(): k for k in known}, 1, 0.5)
+    return next((f" (did you mean {k}?)" for k in known if close and k.lower() == close[0]), "")
+
+
+class Config(SimpleNamespace):
+    """The options' values by name, `put_object` (texts by parameter), `file` (the configuration's path) and `tls`."""
+
+    def require(self, *names: str) -> None:
+        """Raises ConfigError for the first of these options that is not set."""
+        for option in OPTIONS:
+            if option.name in names and not getattr(self, option.name):
+                variable = next((f" or set {v}" for v, name in ENVIRONMENT.items() if name == option.name), "")
+                raise ConfigError(f"{self.file}: [{option.section}] {option.name} is not set: write it there{variable}")
+
+
+def find_config(path: str | None) -> str:
+    """The configuration's path: the one given, /etc/ts3d/ts3d.conf, or ts3d.conf beside the program."""
+    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "ts3d.conf")
+    return path or next((p for p in ("/etc/ts3d/ts3d.conf", beside) if os.path.exists(p)), beside)
+
+
+def beside(path: str, name: str, credentials: bool = False) -> str:
+    """`name` as a path: absolute, or relative to the configuration's folder (a secret: to the credentials')."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if credentials:
+        folder = os.environ.get("CREDENTIALS_DIRECTORY") or os.path.join(folder, "secrets")
+    return os.path.join(folder, name)
+
+
+def load_config(path: str) -> Config:
+    """Read and check the configuration file and the environment. Raises ConfigError."""
+    sections = read_ini(path)
+    config = Config(file=path, put_object=sections.get(PUT_OBJECT, {}))
+    from_environment = {name: (v, os.environ[v]) for v, name in ENVIRONMENT.items() if os.environ.get(v)}
+    for option in OPTIONS:
+        where, text = f"{path}: [{option.section}] {option.name}", sections.get(option.section, {}).get(option.name)
+        if option.name in from_environment:
+            where, text = from_environment[option.name]
+        elif option.secret:
+            where, text = read_secret(path, option, sections.get(option.section, {}))
+        if text is None or (text == "" and option.default is None and not option.secret):
+            text = option.default
+        try:
+            if text == "" and option.secret:
+                raise ValueError("empty: write a secret, or take the line away")
+            value = None if text is None else option.parse(text)
+        except ValueError as error:
+            shown = "" if option.secret else f" = {text!r}"
+            raise ConfigError(f"{where}{shown}: {error}") from None
+        setattr(config, option.name, value)
+        if option.secret and value:
+            SECRETS.update(value if isinstance(value, list) else [value])
+    config.base_url = config.base_url or BASE_URLS[config.auth]
+    state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    config.path = beside(path, config.path or os.path.join(state, "queue.db"))
+    config.tls = load_tls(config)
+    for name in config.put_object:
+        if name in OWN_PARAMETERS:
+            raise ConfigError(f"{path}: [{PUT_OBJECT}] {name}: ts3d sets this itself")
+    return config
+
+
+def read_ini(path: str) -> dict[str, dict[str, str]]:
+    """The file's sections and options, names checked against the table. Raises ConfigError."""
+    # No interpolation: keys hold `%`. No default section: it would leak into all others. Names keep their case.
+    parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            parser.read_file(file)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file: name one with -c FILE") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+    except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+        what = f"[{error.section}] {getattr(error, 'option', '')}".strip()
+        raise ConfigError(f"{path}: line {error.lineno}: {what} is there twice") from None
+    except configparser.ParsingError as error:  # its own text quotes the line, which may hold a secret
+        line = error.errors[0][0] if error.errors else getattr(error, "lineno", 1)
+        raise ConfigError(f"{path}: line {line}: not `option = value` in a [section]") from None
+    known = {section: [o.name for o in OPTIONS if o.section == section] for section in {o.section for o in OPTIONS}}
+    for option in OPTIONS:
+        known[option.section] += [f"{option.name}_file"] if option.secret else []
+    for section in parser.sections():
+        if section not in known and section != PUT_OBJECT:
+            raise ConfigError(f"{path}: unknown section [{section}]" + nearest(section, [*known, PUT_OBJECT]))
+        for name in parser[section] if section in known else ():
+            if name not in known[section]:
+                elsewhere = next((f" (it belongs to [{o.section}])" for o in OPTIONS if o.name == name), "")
+                hint = elsewhere or nearest(name, known[section])
+                raise ConfigError(f"{path}: [{section}] unknown option {name}{hint}")
+    return {section: dict(parser[section]) for section in parser.sections()}
+
+
+def read_secret(path: str, option: Option, section: dict[str, str]) -> tuple[str, str | None]:
+    """Where a secret comes from, for messages, and its text: None where it is not set. Raises ConfigError."""
+    where, name = f"{path}: [{option.section}] {option.name}", section.get(f"{option.name}_file")
+    if name is None:
+        # An empty webhook_token may be a mistake that would open the door, so it is passed on, and refused.
+        return where, section.get(option.name) or ("" if option.name in section and option.parse is words else None)
+    if option.name in section:
+        raise ConfigError(f"{where} and {option.name}_file are both set: keep one")
+    where, file = f"{where}_file", beside(path, name, credentials=True)
+    try:
+        with open(file, encoding="utf-8", newline="") as stream:
+            text = stream.read().removesuffix("\n").removesuffix("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{where} = {name!r}: cannot read {file}: {getattr(error, 'strerror', 'not UTF-8')}"
+        ) from None
+    return f"{where} = {name!r}", text or None
+
+
+def load_tls(config: Config) -> ssl.SSLContext | None:
+    """The TLS context of tls_certificate and tls_key; None where they are not set. Raises ConfigError."""
+    if not config.tls_certificate and not config.tls_key:
+        return None
+    config.require("tls_certificate", "tls_key")
+    files = [beside(config.file, name, credentials=True) for name in (config.tls_certificate, config.tls_key)]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for option, file in zip(("tls_certificate", "tls_key"), files, strict=True):
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"{config.file}: [server] {option}: cannot read {file}")
+    try:
+        context.load_cert_chain(
+            files[0], files[1], password=""
+        )  # a key that asks for a password fails instead of asking
+    except (ssl.SSLError, OSError) as error:
+        cause = getattr(error, "reason", None) or error
+        raise ConfigError(f"{config.file}: [server] tls_certificate, tls_key: no matching PEM pair: {cause}") from None
+    return context
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LineFormatter(logging.Formatter):
+    """One line a record: no secret, no control character that would forge a line or drive a terminal."""
+
+    # journald takes the time itself, and the level as sd-daemon(3)'s prefix
+    PRIORITIES = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "<3>", "CRITICAL": "<2>"}
+
+    def __init__(self, journal: bool) -> None:
+        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s")
+        self.journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_info = record.exc_text = record.stack_info = None  # a traceback is no line
+        line = printable(redact(super().format(record)))
+        return self.PRIORITIES.get(record.levelname, "") + line if self.journal else line
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and line separators escaped."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def start_log(level: str) -> None:
+    """Log to standard error, which is the journal where $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    stat = os.fstat(2)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter(os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"))
+    logging.raiseExceptions = False  # a log that cannot be written must not end what is logged
+    # Other libraries speak from WARNING on: botocore's DEBUG shows signatures and bodies.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log.setLevel(level)
+
+
+def describe(error: BaseException) -> str:
+    """An unforeseen exception in one line, with the place in this file that it came from."""
+    lines, trace = [], error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == __file__:
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {error} (ts3d.py, lines {' > '.join(map(str, lines))})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Webhook: from a body to alerts, each with its own bytes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Malformed(Exception):
+    """A body that is no webhook; its text names the member or the place, and the cause."""
+
+
+@dataclass
+class Arrival:
+    """What is to be archived: `step` names the first object to write, `minute` is UTC as YYYY/MM/DD/HH/MM."""
+
+    id: str
+    minute: str
+    step: str
+    body: bytes
+
+
+@dataclass
+class Rejected:
+    """An alert of a webhook that is not to be archived; `id` is None where it has none."""
+
+    id: str | None
+    message: str
+
+
+class Number(str):
+    """A JSON number as it stands: never converted, so that 100,000 digits cost nothing and lose nothing."""
+
+    __slots__ = ()
+
+
+def no_constant(name: str) -> None:
+    """Refuse what Python takes for a number and RFC 8259 does not: NaN, Infinity, -Infinity."""
+    raise ValueError(f"{name} is no JSON number (RFC 8259, section 6)")
+
+
+JSON = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=no_constant)
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
+ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
+RFC_3339 = re.compile(
+    r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt ]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.[0-9]+)?"
+    r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
+)
+YEAR_10000 = 253_402_300_800_000  # milliseconds
+
+
+def read_json(body: bytes) -> tuple[str, Any]:
+    """The text and the value of a JSON text as RFC 8259 has it. Raises Malformed."""
+    try:
+        text = body.decode()
+        value, end = JSON.raw_decode(text, skip_space(text, 0))
+        if (end := skip_space(text, end)) != len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not JSON: byte {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise Malformed(f"not JSON: line {error.lineno} column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise Malformed("not JSON that is read here: nested too deeply") from None
+    except ValueError as error:
+        raise Malformed(f"not JSON: {error}") from None
+    return text, value
+
+
+def skip_space(text: str, at: int) -> int:
+    """The place of the first character at or after `at` that is not JSON's white space."""
+    return JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+
+def parts(text: str) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and literal text of each member of the object, or element of the array, that `text` is.
+
+    The text is known to be valid JSON (`read_json`). The json module gives values, but not where they stood.
+    """
+    at = skip_space(text, 0)
+    close = "]" if text[at] == "[" else "}"
+    at = skip_space(text, at + 1)
+    while text[at] != close:
+        name = ""
+        if close == "}":
+            name, at = JSON.raw_decode(text, at)
+            at = skip_space(text, skip_space(text, at) + 1)  # the colon
+        value, end = JSON.raw_decode(text, at)
+        yield name, value, text[at:end]
+        at = skip_space(text, end)
+        if text[at] == ",":
+            at = skip_space(text, at + 1)
+
+
+def read_webhook(body: bytes) -> list[Arrival | Rejected]:
+    """Each alert of `{"alerts": [ALERT, …]}`, or of one bare ALERT, judged by itself. Raises Malformed."""
+    text, value = read_json(body)
+    if not isinstance(value, dict):
+        raise Malformed("neither an object with `alerts` nor an alert")
+    if "alerts" not in value:
+        return [read_alert(text, value, "")]
+    if not isinstance(value["alerts"], list):
+        raise Malformed("alerts: not a list")
+    lists = [literal for name, _, literal in parts(text) if name == "alerts"]
+    if len(lists) > 1:
+        raise Malformed("alerts: there twice")
+    return [read_alert(part, alert, f"alerts[{i}]") for i, (_, alert, part) in enumerate(parts(lists[0]))]
+
+
+def read_alert(text: str, alert: Any, place: str) -> Arrival | Rejected:
+    """One alert, given its text, its value and its place in the webhook for messages."""
+    if not isinstance(alert, dict):
+        return Rejected(None, f"{place}: not an object")
+    member = f"{place}." if place else ""
+    id_ = alert.get("id")
+    shown = id_ if isinstance(id_, str) and not isinstance(id_, Number) else None
+    names = [name for name, _, _ in parts(text)]
+    for name in ("id", "created_at"):
+        if names.count(name) != 1:
+            return Rejected(shown, f"{member}{name}: {'there twice' if name in alert else 'missing'}")
+    if shown is None:
+        return Rejected(None, f"{member}id: not a string")
+    if not ALERT_ID.fullmatch(shown):
+        return Rejected(shown[:200], f"{member}id: {excerpt(shown)} is not 4 to 128 of A-Z a-z 0-9 _ -")
+    try:
+        minute = minute_of(alert["created_at"])
+    except (ValueError, OverflowError) as error:
+        return Rejected(shown, f"{member}created_at: {excerpt(alert['created_at'])} {error}")
+    return Arrival(shown, minute, "webhooks", text.strip(" \t\n\r").encode())
+
+
+def excerpt(value: Any) -> str:
+    """A JSON value for a message, as it was written where that is short."""
+    text = value if isinstance(value, Number) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def minute_of(created_at: Any) -> str:
+    """`YYYY/MM/DD/HH/MM`, UTC, of milliseconds since the epoch or of an RFC 3339 time. Raises ValueError."""
+    if isinstance(created_at, Number) or (isinstance(created_at, str) and re.fullmatch("[0-9]+", created_at)):
+        milliseconds = float(created_at)  # exact up to 2^53, which is beyond the year 9999
+        if not 0 <= milliseconds < YEAR_10000:
+            raise ValueError("is not within the years 1970 to 9999")
+        when = datetime.fromtimestamp(milliseconds // 1000, timezone.utc)
+    elif isinstance(created_at, str) and (match := RFC_3339.fullmatch(created_at)):
+        year, month, day, hour, minute, second = map(int, match.groups()[:6])
+        if second == 60:
+            second = 59  # a leap second (section 5.7), which datetime does not know
+        when = datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
+        if match[7]:
+            offset = timedelta(hours=int(match[8]), minutes=int(match[9]))
+            when += -offset if match[7] == "+" else offset
+        if when.year < 1970:
+            raise ValueError("is not within the years 1970 to 9999")
+    else:
+        raise ValueError("is neither milliseconds since the epoch nor an RFC 3339 time")
+    return f"{when:%Y/%m/%d/%H/%M}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Queue: what was acknowledged and is not in S3 yet, in one SQLite file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class QueueError(Exception):
+    """The queue cannot take a write now: full, the disk full, or the disk failing."""
+
+
+@dataclass
+class Job:
+    """A queued alert, without its body. `step` names the object to write next; `waited` counts seconds, see `retry`."""
+
+    number: int
+    id: str
+    minute: str
+    step: str
+    received: float  # seconds since the epoch
+    tries: int
+    waited: float
+    probe: bool = False  # may call an upstream that is held
+    seated: bool = False  # has one of Threat Stack's seats
+
+
+@dataclass
+class Write:
+    """A part of the next transaction, what follows its commit, and the promise of its result."""
+
+    run: Callable[[sqlite3.Connection], Any]
+    committed: Callable[[Any], None]
+    future: Future[Any]
+
+
+class Queue:
+    """Jobs on disk. Its interface: put, wait, take, body, park, done, retry, set_aside, states, counts, writable, close.
+
+    One thread writes: what waits to be written at one moment is one transaction and one fsync. A job that was taken
+    is remembered in memory only, so that after a crash it is due again at once. `due` is a time of the monotonic
+    clock, which a clock that is set does not move, and which means nothing to the next process: there all are due.
+    """
+
+    SCHEMA = """
+        CREATE TABLE jobs (
+            number   INTEGER PRIMARY KEY AUTOINCREMENT, -- order of arrival, never used again: answers wait for it
+            id       TEXT NOT NULL,
+            minute   TEXT NOT NULL,
+            step     TEXT NOT NULL,
+            received REAL NOT NULL,
+            due      REAL NOT NULL DEFAULT 0,
+            tries    INTEGER NOT NULL DEFAULT 0,
+            waited   REAL NOT NULL DEFAULT 0,
+            failed   INTEGER NOT NULL DEFAULT 0,
+            error    TEXT, -- the last one: {"type": …, "message": …}
+            body     BLOB NOT NULL);
+        CREATE INDEX jobs_by_id ON jobs (id);
+        CREATE INDEX jobs_by_due ON jobs (failed, step, due, received);
+        PRAGMA user_version = 1;"""
+    VERSION = 1
+    WAL_PAGES = 4 << 20  # bytes of write-ahead log after which it is copied into the file
+
+    def __init__(self, path: str, max_size: int, create: bool = False) -> None:
+        """Open the queue; `create` (the daemon) makes it where it is missing and keeps other daemons out.
+
+        Raises ConfigError where there is none, or none that can be used.
+        """
+        self.path, self.max_size = path, max_size
+        self.trouble: str | None = None  # why the last transaction failed
+        self.malformed = False  # SQLite says so: the daemon ends, and the next start moves the file aside
+        self._lock = threading.Condition()  # for _reader, _taken and _watched
+        self._taken: set[int] = set()
+        self._watched: set[int] = set()  # jobs that answers wait for; notified when one is done
+        self._written = -1.0  # monotonic time of the last commit
+        self._wal_empty = False  # all of the write-ahead log is in the file, and the next commit begins it anew
+        self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
+        try:
+            if create:
+                self._keep_others_out()
+            elif not os.path.exists(path):
+                raise ConfigError(f"{path}: there is no queue yet: `ts3d serve` makes it ([queue] path)")
+            self._open(create)
+        except sqlite3.Error as error:
+            raise ConfigError(f"{path}: {error} ([queue] path)") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror} ([queue] path)") from None
+        self._inbox: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_all, name="queue", daemon=True)
+        self._writer.start()
+
+    def _keep_others_out(self) -> None:
+        """Lock the queue for this process's life. The lock has a file of its own: SQLite's would be lost by closing."""
+        self._lock_file = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{self.path}: another `ts3d serve` works on this queue ([queue] path)") from None
+
+    def _open(self, create: bool) -> None:
+        """Open the file, moving it aside and starting anew where it is malformed and this is the daemon."""
+        try:
+            self._db = self._connect(create)
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if version > self.VERSION or (version == 0 and tables):
+                what = f"made by a newer ts3d (version {version})" if version else "some other SQLite file"
+                raise ConfigError(f"{self.path}: {what} ([queue] path)")
+            if create and version == 0:
+                self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
+            if create:
+                problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if problem != "ok":
+                    raise sqlite3.DatabaseError(problem)
+                # A new process has a new monotonic clock, and what was taken by the old one is due again.
+                self._db.execute("UPDATE jobs SET due = 0 WHERE failed = 0 AND due > 0")
+        except sqlite3.DatabaseError as error:
+            if not (create and is_malformed(error)):
+                raise
+            self._db.close()
+            self._move_aside(str(error))
+            return self._open(create)
+        self._reader, self._checkpointer = self._connect(), self._connect()
+
+    def _connect(self, create: bool = False) -> sqlite3.Connection:
+        uri = f"file:{urllib.parse.quote(self.path)}?mode={'rwc' if create else 'rw'}"
+        db = sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
+        for pragma in (
+            "journal_mode = WAL",
+            "synchronous = FULL",  # a commit is on disk when it returns
+            # SQLite before 3.51.3 can lose a commit that races with a checkpoint ("the WAL-reset bug"), so nobody
+            # but _checkpoint does any.
+            "wal_autocheckpoint = 0",
+            f"journal_size_limit = {self._checkpoint_at}",
+        ):
+            db.execute(f"PRAGMA {pragma}").close()
+        return db
+
+    def _move_aside(self, problem: str) -> None:
+        suffix = f".malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+        for part in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path + part, self.path + suffix + part)
+        log.critical(
+            "the queue was malformed (%s). It is kept as %s, and a new one begins: alerts in it are not archived. "
+            "`sqlite3 FILE .recover` may get them back",
+            problem,
+            self.path + suffix,
+        )
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    def put(self, arrivals: list[Arrival], watch: bool = False) -> list[int]:
+        """Queue these durably, all or none, and return their jobs' numbers.
+
+        The same id with the same bytes is one job; where that one had failed, it is tried anew. With `watch`, `wait`
+        can be called for them. Raises QueueError.
+        """
+        bytes_ = sum(len(arrival.body) for arrival in arrivals)
+        now = time.time()
+
+        def run(db: sqlite3.Connection) -> list[int]:
+            self._make_sure_of_room(db, bytes_)
+            return [self._put_one(db, arrival, now) for arrival in arrivals]
+
+        def committed(numbers: list[int]) -> None:
+            self._watched.update(numbers if watch else ())
+
+        return self._write(run, committed)
+
+    def _put_one(self, db: sqlite3.Connection, new: Arrival, now: float) -> int:
+        same = db.execute("SELECT number, failed FROM jobs WHERE id = ? AND body = ?", (new.id, new.body)).fetchone()
+        if same:
+            if same[1]:
+                db.execute("UPDATE jobs SET failed = 0, due = 0, tries = 0, waited = 0 WHERE number = ?", same[:1])
+            return int(same[0])
+        row = (new.id, new.minute, new.step, now, new.body)
+        sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
+        return db.execute(sql, row).lastrowid or 0
+
+    def park(self, job: Job) -> None:
+        """Give back a job that cannot go on now, its step noted. Raises QueueError."""
+        self._update(job, "UPDATE jobs SET step = ? WHERE number = ?", job.step)
+
+    def done(self, job: Job) -> None:
+        """Forget a job: all of it is in S3. Raises QueueError."""
+        self._update(job, "DELETE FROM jobs WHERE number = ?", forget=True)
+
+    def retry(self, job: Job, due: float, error: str) -> None:
+        """Give back a job that failed, to be taken again from `due` (monotonic clock) on. Raises QueueError.
+
+        `job.waited` is what counts towards giving up: the seconds that it was put off for failures of its own.
+        """
+        sql = "UPDATE jobs SET step = ?, due = ?, tries = ?, waited = ?, error = ? WHERE number = ?"
+        self._update(job, sql, job.step, due, job.tries, job.waited, error)
+
+    def set_aside(self, job: Job, error: str) -> None:
+        """Keep a job that failed for good, until somebody asks for it again. Raises QueueError."""
+        sql = "UPDATE jobs SET step = ?, tries = ?, error = ?, failed = 1 WHERE number = ?"
+        self._update(job, sql, job.step, job.tries, error)
+
+    def _update(self, job: Job, sql: str, *values: Any, forget: bool = False) -> None:
+        def committed(_: object) -> None:
+            self._taken.discard(job.number)
+            if forget and job.number in self._watched:
+                self._watched.discard(job.number)
+                self._lock.notify_all()
+
+        self._write(lambda db: db.execute(sql, (*values, job.number)), committed)
+
+    def wait(self, numbers: Iterable[int], seconds: float, hopeless: Callable[[], bool]) -> None:
+        """Wait until these jobs, which `put` watched, are done, for `seconds` at most, or until it is `hopeless`."""
+        numbers = set(numbers)
+        with self._lock:
+            self._lock.wait_for(lambda: hopeless() or self._watched.isdisjoint(numbers), seconds)
+            self._watched -= numbers
+
+    def stir(self) -> None:
+        """Have all that `wait` look whether it is hopeless now."""
+        with self._lock:
+            self._lock.notify_all()
+
+    def writable(self) -> bool:
+        """Whether the queue takes webhooks: proved by a commit of the last second, or by one made for this."""
+        fresh = self.trouble is None and time.monotonic() - self._written < 1
+        try:
+            # An UPDATE of nothing writes nothing; user_version is one page, written again as it is.
+            self._write(lambda db: self._make_sure_of_room(db, 0))
+            if not fresh:
+                self._write(lambda db: db.execute(f"PRAGMA user_version = {self.VERSION}"))
+        except QueueError:
+            return False
+        return True
+
+    def _make_sure_of_room(self, db: sqlite3.Connection, bytes_: int) -> None:
+        """Raises QueueError unless `bytes_` more leave the queue within max_size and the disk its reserve."""
+        pages, free, page = (
+            db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_count", "freelist_count", "page_size")
+        )
+        wal = 0 if self._wal_empty else file_size(self.path + "-wal")
+        if (pages - free) * page + wal + bytes_ > self.max_size:
+            raise QueueError(f"the queue is full: [queue] max_size is {self.max_size} bytes")
+        disk = os.statvfs(os.path.dirname(self.path))
+        if disk.f_bavail * disk.f_frsize < HOLD_BACK + bytes_:
+            raise QueueError(f"the queue's disk has less than {HOLD_BACK >> 20}M free")
+
+    def _write(self, run: Callable[[sqlite3.Connection], T], committed: Callable[[T], None] = lambda _: None) -> T:
+        """Have `run` take part in the next transaction; `committed` follows at once, in the same order."""
+        write = Write(run, committed, Future())
+        self._inbox.put(write)
+        result: T = write.future.result()
+        return result
+
+    def _write_all(self) -> None:
+        """The writer thread: commit all that waits, until None comes."""
+        writes: list[Write | None] = []
+        while None not in writes:
+            writes = [self._inbox.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    writes.append(self._inbox.get_nowait())
+            self._commit([write for write in writes if write])
+
+    def _commit(self, writes: list[Write]) -> None:
+        results: list[tuple[Write, Any, Exception | None]] = []
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for write in writes:
+                try:
+                    results.append((write, write.run(self._db), None))
+                except QueueError as error:  # refuses one write, before it changed anything
+                    results.append((write, None, error))
+            self._db.execute("COMMIT")
+        except Exception as error:  # whatever it is, it must reach those who wait, and the next transaction be tried
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            results = [(write, None, QueueError(f"the queue cannot be written: {error}")) for write in writes]
+            self._note_trouble(error)
+        else:
+            self._note_trouble(None)
+            self._written, self._wal_empty = time.monotonic(), False
+        with self._lock:
+            for write, result, failure in results:
+                if failure is None:
+                    write.committed(result)
+        for write, result, failure in results:
+            if failure is None:
+                write.future.set_result(result)
+            else:
+                write.future.set_exception(failure)
+        if file_size(self.path + "-wal") > self._checkpoint_at and not self._wal_empty:
+            self._checkpoint()
+
+    def _note_trouble(self, error: Exception | None) -> None:
+        """Log once when the file begins to fail, and once when it works again."""
+        if error and not self.trouble:
+            log.error("the queue fails: %s; webhooks are answered 503", error)
+        elif self.trouble and not error:
+            log.warning("the queue works again")
+        self.trouble = str(error) if error else None
+        self.malformed = self.malformed or is_malformed(error)
+
+    def _checkpoint(self) -> None:
+        """Copy the write-ahead log into the file, while the write lock keeps every other process from committing."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                row = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                self._wal_empty = row[1] == row[2]  # pages in the log, pages copied: fewer while somebody reads
+            finally:
+                self._db.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            self._note_trouble(error)
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def _read(self, sql: str, *values: Any) -> list[Any]:
+        """All rows at once: no read transaction outlives its statement, where it would hold up the checkpoint."""
+        try:
+            return self._reader.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            self._note_trouble(error)
+            raise QueueError(f"the queue cannot be read: {error}") from error
+
+    def take(self, steps: Iterable[str], n: int) -> list[Job]:
+        """Up to `n` jobs that are at one of these steps and due, in the order of due time and arrival.
+
+        They stay taken until they are given back. Raises QueueError.
+        """
+        sql = (
+            "SELECT due, number, id, minute, step, received, tries, waited FROM jobs "
+            "WHERE failed = 0 AND step = ? AND due <= ? ORDER BY due, number LIMIT ?"
+        )
+        with self._lock:
+            now, limit = time.monotonic(), n + len(self._taken)
+            rows = [row for step in steps for row in self._read(sql, step, now, limit) if row[1] not in self._taken]
+            jobs = [Job(*row[1:]) for row in sorted(rows)[:n]]
+            self._taken.update(job.number for job in jobs)
+        return jobs
+
+    def taken(self) -> int:
+        """How many jobs are taken and not given back."""
+        return len(self._taken)
+
+    def release(self, job: Job) -> None:
+        """Give back a job with which nothing was done."""
+        with self._lock:
+            self._taken.discard(job.number)
+
+    def body(self, job: Job) -> bytes:
+        """The bytes that came with the job. Raises QueueError."""
+        with self._lock:
+            return bytes(self._read("SELECT body FROM jobs WHERE number = ?", job.number)[0][0])
+
+    def states(self, numbers: Iterable[int]) -> dict[int, tuple[str, str | None]]:
+        """Step and last error of those of these jobs that are still queued. Raises QueueError."""
+        with self._lock:
+            rows = [self._read("SELECT number, step, error FROM jobs WHERE number = ?", number) for number in numbers]
+        return {row[0][0]: row[0][1:] for row in rows if row}
+
+    def counts(self) -> tuple[int, int, float]:
+        """Jobs queued, jobs failed, and the age of the oldest queued in seconds. Raises QueueError."""
+        with self._lock:
+            rows = {
+                row[0]: row[1:]
+                for row in self._read("SELECT failed, count(*), min(received) FROM jobs GROUP BY failed")
+            }
+        queued, oldest = rows.get(0, (0, time.time()))
+        return queued, rows.get(1, (0,))[0], max(0.0, time.time() - oldest)
+
+    def close(self) -> None:
+        """Write what waits, and close. SQLite empties the write-ahead log when the last connection closes."""
+        self._inbox.put(None)
+        self._writer.join()
+        for db in (self._reader, self._checkpointer, self._db):
+            with contextlib.suppress(sqlite3.Error):
+                db.close()
+
+
+def is_malformed(error: BaseException | None) -> bool:
+    """Whether SQLite says that the file is no database or damaged: these two come as DatabaseError itself."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def file_size(path: str) -> int:
+    """The file's bytes; 0 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Upstreams: Threat Stack and S3, and what it means when one of them fails
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROBE_PAUSE = 10.0  # seconds at most between probes of an upstream that is held
+LONGEST_PAUSE = 15 * 60.0  # seconds at most between tries of an alert that itself fails
+LONGEST_RETRY_AFTER = 3600.0  # seconds for which an upstream's Retry-After is believed
+NOT_FOUND_FOR = 3600.0  # seconds for which the API may lag behind the webhook
+
+
+class UpstreamError(Exception):
+    """A call that failed: `type` and `message` for people and programs, and what follows from it.
+
+    `scope`: "all" holds the upstream at once; "some" does when it strikes two different alerts; "alert" says that
+    the upstream works and this alert is the trouble. `retry_after`: seconds. `held` and `longest` are filled in by
+    Upstream.call: whether the upstream is held, and else the longest pause in seconds before the next try.
+    """
+
+    held = False
+    longest = LONGEST_PAUSE
+
+    def __init__(self, type_: str, message: str, scope: str = "some", retry_after: float = 0) -> None:
+        super().__init__(printable(redact(message))[:500])
+        self.type, self.scope, self.retry_after = type_, scope, min(retry_after, LONGEST_RETRY_AFTER)
+
+    def as_json(self) -> dict[str, str]:
+        """The error as answers show it."""
+        return {"type": self.type, "message": str(self)}
+
+
+def backoff(tries: int, longest: float) -> float:
+    """Seconds until the next try: exponential from 1 s on with full jitter.
+
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+    return random.uniform(0, min(longest, 2.0 ** min(tries - 1, 20)))
+
+
+@dataclass
+class Hold:
+    """An outage: since when and until which probe (monotonic clock), how many probes failed, and the last error."""
+
+    since: float
+    probe_at: float
+    tries: int
+    error: UpstreamError
+
+
+class Upstream:
+    """What Threat Stack and S3 have in common: calls under way, and the hold that an outage puts on all of them."""
+
+    name = "upstream"  # in types of errors and in the log
+    title = "upstream"  # in messages
+    seats: int | None = None  # how many jobs may be at it at once
+
+    def __init__(self) -> None:
+        self.hold: Hold | None = None
+        self.on_hold: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        self._seated = 0
+        self._calls: dict[int, float] = {}  # when each call under way began, by job
+        self._worked = 0.0  # when the last call succeeded
+        self._suspect: int | None = None  # the job that failed last, if nothing worked since
+
+    def free(self, n: int) -> int:
+        """How many of `n` calls may begin now: of a held upstream one, if its next probe is due."""
+        with self._lock:
+            if self.hold:
+                return min(n, 1) if time.monotonic() >= self.hold.probe_at else 0
+            return n if self.seats is None else min(n, self.seats - self._seated)
+
+    def admit(self, jobs: list[Job]) -> None:
+        """Give these jobs a seat where seats are counted; where the upstream is held, they are its probe."""
+        with self._lock:
+            for job in jobs:
+                if self.seats is not None:
+                    self._seated += 1
+                    job.seated = True
+                if self.hold:
+                    self.hold.probe_at = time.monotonic() + PROBE_PAUSE  # a probe that hangs is followed by another
+                    job.probe = True
+
+    def leave(self, job: Job) -> None:
+        """Give back the job's seat, if it has one."""
+        with self._lock:
+            if job.seated:
+                self._seated -= 1
+                job.seated = False
+
+    def call(self, job: Job, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` for this job and learn from it how the upstream is. Raises UpstreamError."""
+        if self.hold and not job.probe:
+            error = UpstreamError(self.hold.error.type, str(self.hold.error))
+            error.held = True
+            raise error
+        started = time.monotonic()
+        self._calls[job.number] = started
+        try:
+            result = function(*args)
+        except UpstreamError as error:
+            self._learn(error, job.number, started)
+            raise
+        finally:
+            del self._calls[job.number]
+        self._succeed(started)
+        return result
+
+    def _succeed(self, started: float) -> None:
+        with self._lock:
+            self._worked, self._suspect = time.monotonic(), None
+            # A call from before the hold says nothing: it may have passed just before a rate limit struck.
+            if self.hold and started >= self.hold.since:
+                log.warning("%s is back after %.0f s", self.name, self._worked - self.hold.since)
+                self.hold = None
+
+    def _learn(self, error: UpstreamError, number: int, started: float) -> None:
+        if error.scope == "alert":
+            return self._succeed(started)
+        now = time.monotonic()
+        with self._lock:
+            stale = started < self._worked  # others have succeeded since this call began
+            if not self.hold and error.scope == "some" and (stale or self._suspect in (None, number)):
+                if not stale:
+                    # Unless it has worked for others since this alert failed last (or at all), nothing says that
+                    # this alert is the trouble, so it is tried again as soon as a held upstream is probed.
+                    proven = self._worked and self._suspect != number
+                    error.longest = LONGEST_PAUSE if proven else PROBE_PAUSE
+                    self._suspect = number
+                return
+            began = not self.hold
+            hold = self.hold = self.hold or Hold(now, now, 0, error)
+            if began or started >= hold.since:
+                hold.tries += 1
+                hold.probe_at = now + backoff(hold.tries, PROBE_PAUSE)
+                hold.error = error
+            hold.probe_at = max(hold.probe_at, now + error.retry_after)
+            error.held = True
+        if began:
+            log.warning("%s is held: %s", self.name, error)
+            self.on_hold()
+
+    def trouble(self) -> UpstreamError | None:
+        """What stands in the way of this upstream's calls now: a hold, or calls that get no answer."""
+        with self._lock:
+            if self.hold:
+                return self.hold.error
+            oldest = min(self._calls.copy().values(), default=None)
+            silent = time.monotonic() - oldest if oldest and oldest > self._worked else 0
+        if silent < 0.5:
+            return None
+        return UpstreamError(f"{self.name}_silent", f"{self.title}: no answer yet for {silent:.1f} s")
+
+
+def retry_after(headers: Any) -> float:
+    """Seconds from `Retry-After`, a number or a date (RFC 9110, section 10.2.3), or from Threat Stack's header."""
+    value = headers.get("Retry-After", "").strip()
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if re.fullmatch("[0-9]{1,9}", value):
+            return float(value)
+        if value:
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        if re.fullmatch("[0-9]{1,12}", milliseconds := headers.get("x-rate-limit-reset", "").strip()):
+            return float(milliseconds) / 1000
+    return 0
+
+
+class Wire:
+    """A socket whose reads and writes end at one moment, `deadline` (monotonic clock).
+
+    A socket's own time-out is for each call, and a peer that sends a byte now and then never reaches it.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.sock, self.deadline = sock, deadline
+
+    def arm(self) -> None:
+        """Give the socket the time that is left. Raises TimeoutError where there is none."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.sock.settimeout(left)
+
+    def sendall(self, data: Any) -> None:
+        """As socket.sendall, within the deadline."""
+        self.arm()
+        self.sock.sendall(data)
+
+    def makefile(self, mode: str = "rb", buffering: int = -1) -> io.BufferedReader:
+        """A buffered file to read from."""
+        return io.BufferedReader(WireReader(self))
+
+    def shutdown(self, how: int) -> None:
+        """As socket.shutdown, of a connection that may be gone already."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(how)
+
+    def close(self) -> None:
+        """As socket.close: the files made of it go on."""
+        self.sock.close()
+
+
+class WireReader(io.RawIOBase):
+    """What Wire.makefile reads from."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.raw = wire.sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read what has come. Raises TimeoutError at the deadline."""
+        self.wire.arm()
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Close the file, and with it the socket that was closed before."""
+        self.raw.close()
+        super().close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threat Stack
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def within_deadline(kind: Any) -> Any:
+    """http.client's connection class `kind` with one deadline for a whole call, its `timeout` (seconds)."""
+
+    class Connection(kind):  # type: ignore[misc]
+        sock: Any
+
+        def connect(self) -> None:
+            deadline = time.monotonic() + self.timeout
+            super().connect()
+            self.sock = Wire(self.sock, deadline)
+
+    return Connection
+
+
+class ApiHandler(urllib.request.AbstractHTTPHandler):
+    """urllib's handler of http and https, with that deadline; certificates are verified against the system's."""
+
+    plain, secure = within_deadline(http.client.HTTPConnection), within_deadline(http.client.HTTPSConnection)
+
+    @functools.cached_property
+    def tls(self) -> ssl.SSLContext:
+        """Made once, and only where it is needed: reading the certificates takes longer than a call."""
+        return ssl.create_default_context()
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        """What urllib calls for http:."""
+        return self.do_open(self.plain, request)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        """What urllib calls for https:."""
+        return self.do_open(self.secure, request, context=self.tls)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+class ThreatStack(Upstream):
+    """Threat Stack's REST API, version 1. https://apidocs.threatstack.com"""
+
+    name = "threatstack"
+    title = "Threat Stack"
+    MAX_BODY = 32 << 20  # bytes of an answer
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        # While Threat Stack hangs, some workers must be left for webhooks, which need only S3.
+        self.seats = max(1, config.workers - max(1, config.workers // 8))
+        # An opener with this handler alone: no redirect is followed (the key would leave with it), no proxy of the
+        # environment obeyed, no file: opened, and an error status is an answer like any other.
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(ApiHandler())
+
+    def get(self, path: str, id_: str | None = None) -> bytes:
+        """GET the API's `path`: the answer's bytes, checked to be JSON and to speak of alert `id_`.
+
+        Raises UpstreamError.
+        """
+        request = urllib.request.Request(self.config.base_url + path, headers=self.headers())
+        try:
+            with self.opener.open(request, timeout=self.config.timeout) as response:
+                body: bytes = response.read(self.MAX_BODY + 1)
+                if response.length:  # read(n) returns what came where the peer closed early
+                    raise http.client.IncompleteRead(body, response.length)
+        except (TimeoutError, OSError, http.client.HTTPException) as error:
+            raise self.failure(error) from None
+        if response.status != 200:
+            raise self.refusal(response.status, response.headers, body)
+        if len(body) > self.MAX_BODY:
+            raise UpstreamError("threatstack_bad_answer", f"Threat Stack: an answer of over {self.MAX_BODY} bytes")
+        try:
+            _, value = read_json(body)
+        except Malformed as error:
+            raise UpstreamError("threatstack_bad_answer", f"Threat Stack: the answer is {error}") from None
+        if id_ and not (isinstance(value, dict) and value.get("id", id_) == id_):
+            raise UpstreamError("threatstack_bad_answer", "Threat Stack: the answer is not this alert's detail")
+        return body
+
+    def headers(self) -> dict[str, str]:
+        """The request's headers."""
+        headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Authorization": self.config.api_key}
+        if self.config.organization_id:
+            headers["Organization"] = self.config.organization_id
+        return headers
+
+    def failure(self, error: Exception) -> UpstreamError:
+        """The error of a call that got no whole answer."""
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        cause = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
+        if isinstance(error, urllib.error.URLError):  # do_open wraps what fails before the request is sent
+            return UpstreamError("threatstack_unreachable", f"Threat Stack cannot be reached: {cause}", "all")
+        if isinstance(error, TimeoutError):
+            seconds = f"{self.config.timeout:g} s ([threatstack] timeout)"
+            return UpstreamError("threatstack_timeout", f"Threat Stack: no whole answer within {seconds}")
+        return UpstreamError("threatstack_broken_off", f"Threat Stack: the answer broke off: {cause}")
+
+    def refusal(self, status: int, headers: Any, body: bytes) -> UpstreamError:
+        """The error of an answer that is not 200."""
+        said = f"Threat Stack answers {status}: {body[:200].decode(errors='replace')}"
+        wait = retry_after(headers)
+        if status == 401:
+            return UpstreamError("threatstack_unauthorized", f"{said} (is [threatstack] api_key right?)", "all", wait)
+        if status == 429:
+            return UpstreamError("threatstack_rate_limited", said, "all", wait)
+        if status == 404:
+            return UpstreamError("threatstack_not_found", said, "alert", wait)
+        if status == 403:
+            return UpstreamError("threatstack_forbidden", said, retry_after=wait)
+        if 300 <= status < 400:
+            return UpstreamError("threatstack_redirect", f"{said} (redirects are not followed)", retry_after=wait)
+        return UpstreamError("threatstack_error" if status >= 500 else "threatstack_refused", said, retry_after=wait)
+
+    def check(self) -> str:
+        """Make the cheapest authorized call; what it proves, in words. Raises UpstreamError."""
+        self.get("/alerts?count=1")
+        return f"{self.config.base_url} takes the key"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# S3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class S3(Upstream):
+    """AWS S3, or a server that speaks its protocol, by boto3.
+
+    https://boto3.amazonaws.com/v1/documentation/api/latest/reference/services/s3/client/put_object.html
+    """
+
+    name = "s3"
+    title = "S3"
+    # Answers that no other alert will fare better with: credentials, clock, bucket, region.
+    FOR_ALL = (
+        "AccountProblem AllAccessDisabled AuthorizationHeaderMalformed ExpiredToken IllegalLocationConstraintException "
+        "InvalidAccessKeyId InvalidToken NoSuchBucket NotSignedUp PermanentRedirect RequestTimeTooSkewed "
+        "SignatureDoesNotMatch TooManyRequests TokenRefreshRequired"
+    ).split()
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self._client: Any = None
+        self._extra: dict[str, Any] = {}
+        self._connecting = threading.Lock()
+
+    def client(self) -> Any:
+        """The process's one client, made at first use: boto3 takes longer to import than all the rest to start.
+
+        Raises ConfigError for what botocore's model says of [s3:put_object], and UpstreamError.
+        """
+        with self._connecting:  # making a client is not thread-safe, using one is
+            if not self._client:
+                import boto3
+                import botocore.config
+                import botocore.exceptions
+
+                try:
+                    client = boto3.session.Session().client(
+                        "s3",
+                        region_name=self.config.region,
+                        endpoint_url=self.config.endpoint_url,
+                        config=botocore.config.Config(
+                            max_pool_connections=max(10, self.config.workers),
+                            connect_timeout=5,
+                            read_timeout=10,
+                            retries={"mode": "standard", "total_max_attempts": 2},  # the queue does the rest
+                        ),
+                    )
+                except botocore.exceptions.BotoCoreError as error:
+                    raise UpstreamError(f"s3_{type(error).__name__}", f"S3: {error}", "all") from None
+                except ValueError as error:
+                    raise ConfigError(f"{self.config.file}: [s3] {error}") from None
+                # A round trip saved, and a second where a server ignores it.
+                client.meta.events.register("before-sign.s3.PutObject", without_expect)
+                self._extra = self._parameters(client)
+                self._client = client
+            return self._client
+
+    def _parameters(self, client: Any) -> dict[str, Any]:
+        """[s3:put_object] with the types of botocore's model. Raises ConfigError."""
+        known = client.meta.service_model.operation_model("PutObject").input_shape.members
+        extra: dict[str, Any] = {}
+        for name, text in self.config.put_object.items():
+            if name not in known:
+                import boto3
+
+                hint = nearest(name, known) or f" (boto3 {boto3.__version__})"
+                raise ConfigError(f"{self.config.file}: [{PUT_OBJECT}] unknown parameter {name}{hint}")
+            kind = known[name].type_name
+            parsers: dict[str, Callable[[str], Any]] = {"boolean": boolean, "integer": whole, "map": json.loads}
+            parse = parsers.get(kind.replace("long", "integer"), str)
+            try:
+                extra[name] = parse(text)
+            except ValueError as error:
+                where = f"{self.config.file}: [{PUT_OBJECT}] {name} = {text!r}"
+                raise ConfigError(f"{where}: {error} (botocore's type is {kind})") from None
+        return extra
+
+    def key(self, name: str) -> str:
+        """The key of an object, under the prefix."""
+        return f"{self.config.prefix}/{name}" if self.config.prefix else name
+
+    def put(self, name: str, body: bytes, content_type: str) -> None:
+        """Write an object. With `IfNoneMatch = *` one that is there stays as it is. Raises UpstreamError, ConfigError."""
+        client = self.client()
+        import botocore.exceptions
+
+        try:
+            client.put_object(
+                Bucket=self.config.bucket,
+                Key=self.key(name),
+                Body=body,
+                ContentType=content_type,
+                # S3 refuses a body that was damaged on its way, and botocore adds no trailer of its own.
+                ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
+                **self._extra,
+            )
+        except botocore.exceptions.ClientError as error:
+            status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
+            if status == 412 and "IfNoneMatch" in self._extra:
+                return
+            raise self.refusal(status, error) from None
+        except botocore.exceptions.BotoCoreError as error:
+            passing = (
+                botocore.exceptions.ReadTimeoutError,
+                botocore.exceptions.ConnectionClosedError,
+                botocore.exceptions.ResponseStreamingError,
+                botocore.exceptions.IncompleteReadError,
+            )
+            scope = "some" if isinstance(error, passing) else "all"
+            raise UpstreamError(f"s3_{type(error).__name__}", f"S3: {error}", scope) from None
+
+    def refusal(self, status: int, error: Any) -> UpstreamError:
+        """The error of an answer that is not 200."""
+        code = str(error.response.get("Error", {}).get("Code") or status)
+        if status == 409 and "IfNoneMatch" in self._extra:
+            return UpstreamError(f"s3_{code}", f"S3: {error}", "alert")  # another writer is at the same key
+        headers = {k.title(): v for k, v in error.response["ResponseMetadata"].get("HTTPHeaders", {}).items()}
+        scope = "all" if status in (401, 429) or code in self.FOR_ALL else "some"
+        return UpstreamError(f"s3_{re.sub('[^A-Za-z0-9]', '_', code)}", f"S3: {error}", scope, retry_after(headers))
+
+    def check(self) -> str:
+        """Write the object that `check` always writes; what it proves, in words. Raises UpstreamError, ConfigError."""
+        self.put("ts3d-check", b'{"written by": "ts3d check"}\n', "application/json")
+        return f"s3://{self.config.bucket}/{self.key('ts3d-check')} is written"
+
+
+def without_expect(request: Any, **_: Any) -> None:
+    """Take botocore's `Expect: 100-continue` away (it is not signed)."""
+    del request.headers["Expect"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Archiver: takes jobs from the queue and writes their objects
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def by_minute(job: Job) -> str:
+    """The end of the key of what came at a time."""
+    return f"{job.minute}/{job.id}"
+
+
+def by_id(job: Job) -> str:
+    """The end of the key of what the API says of an alert."""
+    return f"{job.id[0:2]}/{job.id[2:4]}/{job.id}"
+
+
+class Object(NamedTuple):
+    """One kind of object: the step that writes it, its key's end, and the API's path that it comes from.
+
+    `path` None: it is what the job carries. `then`: the next step.
+    """
+
+    step: str
+    key: Callable[[Job], str]
+    path: str | None = None
+    then: str | None = None
+    content_type: str = "application/json"
+
+
+# The detail is written last, so that where it is, all of its alert is.
+OBJECTS = {
+    o.step: o
+    for o in (
+        Object("webhooks", by_minute, then="alerts"),
+        Object("alerts", by_id, path="/alerts/{}"),
+        Object("rejected", by_minute, content_type="application/octet-stream"),
+    )
+}
+
+
+class Archiver:
+    """Worker threads, and one that hands them jobs."""
+
+    def __init__(self, config: Config, queue_: Queue) -> None:
+        self.config, self.queue = config, queue_
+        self.threatstack, self.s3 = ThreatStack(config), S3(config)
+        self.threatstack.on_hold = self.s3.on_hold = queue_.stir
+        self.needs = {step: (self.threatstack, self.s3) if o.path else (self.s3,) for step, o in OBJECTS.items()}
+        self.wake = threading.Event()  # there may be something to hand out
+        self.stopping = threading.Event()
+        self.fatal: ConfigError | None = None  # known only once boto3 is imported
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads."""
+        if self.config.workers:
+            self._threads = [threading.Thread(target=self._hand_out, name="archiver", daemon=True)]
+            for i in range(self.config.workers):
+                self._threads.append(threading.Thread(target=self._work, name=f"worker-{i + 1}", daemon=True))
+            for thread in self._threads:
+                thread.start()
+
+    def stop(self, deadline: float) -> None:
+        """Take no more jobs, and wait until `deadline` (monotonic clock) for those at work."""
+        self.stopping.set()
+        self.wake.set()
+        self.queue.stir()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def hopeless(self) -> bool:
+        """Whether waiting for S3 makes no sense now."""
+        held = self.threatstack.hold or self.s3.hold
+        return not self.config.workers or self.stopping.is_set() or held is not None
+
+    def trouble(self, step: str) -> dict[str, str] | None:
+        """What stands in the way of a job at this step, and of those after it."""
+        upstreams = (self.s3,) if step == "rejected" else (self.s3, self.threatstack)
+        errors = (upstream.trouble() for upstream in upstreams if self.config.workers)
+        return next((error.as_json() for error in errors if error), None)
+
+    def _hand_out(self) -> None:
+        """Hand due jobs to the workers, never more than twice their number, of the steps that are allowed now."""
+        try:
+            self.s3.client()  # imports boto3, while webhooks are taken already
+        except ConfigError as error:
+            self.fatal = error
+        except UpstreamError:
+            pass  # the first job finds it again, and holds S3
+        while not self.stopping.is_set():
+            self.wake.clear()
+            try:
+                # Alerts that were begun come first. Other processes put jobs too, so look every second.
+                for upstreams in ((self.threatstack, self.s3), (self.s3,)):
+                    n = 2 * self.config.workers - self.queue.taken()
+                    for upstream in upstreams:
+                        n = upstream.free(n)
+                    if n > 0:
+                        jobs = self.queue.take([s for s, needed in self.needs.items() if needed == upstreams], n)
+                        for upstream in upstreams:
+                            upstream.admit(jobs)
+                        for job in jobs:
+                            self._jobs.put(job)
+            except QueueError:
+                pass  # logged when it began
+            self.wake.wait(1)
+
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            if self.stopping.is_set():
+                return
+            try:
+                self._archive(job)
+            except ConfigError as error:
+                self.fatal = error
+                self.queue.release(job)
+            except Exception as error:  # a worker that dies would take its share of the archive with it
+                log.error("alert %s: %s", job.id, describe(error))
+                self._put_off(job, UpstreamError("internal", f"internal error: {describe(error)}", "alert"), 0)
+            finally:
+                self.threatstack.leave(job)
+                self.wake.set()
+
+    def _archive(self, job: Job) -> None:
+        """Write the objects that the job lacks, one after the other."""
+        first, started, keys = job.step, time.monotonic(), []
+        step: str | None = job.step
+        try:
+            while step:
+                job.step = step
+                if self.stopping.is_set() or not self._may_begin(job):
+                    return self.queue.release(job) if step == first else self._settle(self.queue.park, job)
+                keys.append(self._write_object(job))
+                step = OBJECTS[step].then
+        except UpstreamError as error:
+            return self._put_off(job, error, time.monotonic() - started)
+        self._settle(self.queue.done, job)
+        age = max(0.0, time.time() - job.received)
+        log.info("archived id=%s tries=%d seconds=%.3f keys=%s", job.id, job.tries + 1, age, ",".join(keys))
+
+    def _may_begin(self, job: Job) -> bool:
+        """Whether the job's step may begin: it has a seat where it needs one, or gets it now."""
+        if self.threatstack in self.needs[job.step] and not job.seated:
+            if not self.threatstack.free(1):
+                return False
+            self.threatstack.admit([job])
+        return True
+
+    def _write_object(self, job: Job) -> str:
+        """Get the body of the object that the job's step names, put it into S3, and return its key."""
+        object_ = OBJECTS[job.step]
+        if object_.path:
+            body = self.threatstack.call(job, self.threatstack.get, object_.path.format(job.id), job.id)
+            self.threatstack.leave(job)
+        else:
+            body = self.queue.body(job)
+        name = f"{job.step}/{object_.key(job)}"
+        self.s3.call(job, self.s3.put, name, body, object_.content_type)
+        return self.s3.key(name)
+
+    def _put_off(self, job: Job, error: UpstreamError, seconds: float) -> None:
+        """A try that failed: later again, at the upstream's fault or at the alert's own, or never."""
+        text, now = json.dumps(error.as_json()), time.monotonic()
+        if error.held:
+            # Due at once when the hold ends, but after all that have not failed: the probe is never the last to fail.
+            return self._settle(self.queue.retry, job, now, text)
+        limit = self.config.give_up_after
+        if error.type == "threatstack_not_found":
+            limit = min(limit, NOT_FOUND_FOR)
+        job.tries += 1
+        job.waited += seconds
+        if job.waited >= limit:
+            log.error("alert %s failed for good after %d tries: %s", job.id, job.tries, error)
+            return self._settle(self.queue.set_aside, job, text)
+        pause = max(min(backoff(job.tries, error.longest), limit - job.waited), error.retry_after)
+        job.waited += pause
+        log.warning("alert %s: %s; try %d follows in %.1f s", job.id, error, job.tries + 1, pause)
+        self._settle(self.queue.retry, job, now + pause, text)
+
+    def _settle(self, write: Callable[..., None], *args: Any) -> None:
+        """Write a job's outcome. While the disk refuses, the worker keeps the job: it must not be archived again."""
+        while True:
+            try:
+                return write(*args)
+            except QueueError:
+                if self.stopping.wait(1):
+                    return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTTP
+# ---------------------------------------------------------------------------------------------------------------------
+
+ALL_BODIES = 64 << 20  # bytes of all bodies that are being received
+HEAD_BYTES, HEAD_LINES = 64 << 10, 100
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+
+
+class Refusal(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, type_: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.type, self.headers = status, type_, headers or {}
+
+    def as_json(self) -> dict[str, Any]:
+        """The answer's body."""
+        return {"success": False, "error": {"type": self.type, "message": str(self)}}
+
+
+class Connection(Wire):
+    """A client's connection: since when (monotonic clock) it has made us wait, and whether it waits for us."""
+
+    def __init__(self, sock: socket.socket, timeout: float) -> None:
+        super().__init__(sock, time.monotonic() + timeout)
+        self.since = time.monotonic()
+        self.answering = False
+
+    def expect(self, timeout: float) -> None:
+        """Wait for the client from now on, for `timeout` seconds."""
+        self.since = time.monotonic()
+        self.deadline = self.since + timeout
+        self.answering = False
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens, and runs a Handler in a thread of its own for each connection."""
+
+    daemon_threads = True
+    block_on_close = False  # `stop` waits, and not for ever
+    request_queue_size = 1024
+    allow_reuse_port = False  # it would let a second daemon take half of the connections
+
+    def __init__(self, config: Config, queue_: Queue, archiver: Archiver) -> None:
+        """Listen. Raises ConfigError."""
+        self.config, self.queue, self.archiver = config, queue_, archiver
+        self.stopping = False
+        self.connections: set[Connection] = set()
+        self.receiving = 0  # bytes of bodies that are being received
+        self.lock = threading.Lock()  # for these two
+        host, port = config.listen
+        where = f"{config.file}: [server] listen = {host}:{port}"
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            self.address_family = found[0][0]
+            super().__init__(found[0][4][:2], Handler, bind_and_activate=False)  # type: ignore[arg-type]
+            self.server_bind()
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror or error}") from None
+        # An ssl.SSLSocket that listens would shake hands in the accept loop: Handler.setup does it instead.
+        if not config.webhook_token and not ipaddress.ip_address(str(self.server_address[0])).is_loopback:
+            raise ConfigError(f"{where}: without a [server] webhook_token only a loopback address may be listened on")
+        self.socket.setblocking(False)  # a client that left before `accept` must not block it
+        self.server_activate()
+
+    def server_bind(self) -> None:
+        """As TCPServer's: HTTPServer's asks DNS for this host's name."""
+        socketserver.TCPServer.server_bind(self)
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection. Where file descriptors are used up, the longest idle connection goes."""
+        try:
+            sock, client = self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.shed()
+                time.sleep(0.05)  # the listening socket stays readable, and this loop would spin
+            raise
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        return Connection(sock, self.config.request_timeout), client
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for this connection, which is then counted."""
+        with self.lock:
+            full = len(self.connections) >= self.config.max_connections
+        if full and not self.shed():
+            return False
+        with self.lock:
+            self.connections.add(request)
+        return True
+
+    def shed(self) -> bool:
+        """Cut the connection that has made us wait for longest; False where all are being answered."""
+        with self.lock:
+            waiting = [connection for connection in self.connections if not connection.answering]
+            oldest = min(waiting, key=lambda connection: connection.since, default=None)
+            self.connections.discard(oldest)
+        if oldest:
+            oldest.shutdown(socket.SHUT_RDWR)
+        return oldest is not None
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection and count it no longer."""
+        with self.lock:
+            self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what ended a connection: http.server would print a traceback."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):  # the client's doing: gone, or no TLS handshake
+            log.debug("connection closed client=%s: %s", client_name(client_address), error)
+        elif error:
+            log.error("connection closed client=%s: %s", client_name(client_address), describe(error))
+
+    def receive(self, n: int) -> None:
+        """Count `n` bytes of a body that arrive (negative: that are done with). Raises Refusal."""
+        with self.lock:
+            if n > 0 and self.receiving + n > ALL_BODIES:
+                raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
+            self.receiving += n
+
+    def stop(self, deadline: float) -> None:
+        """Listen no longer, and wait until `deadline` (monotonic clock) for the requests that are being answered."""
+        self.stopping = True
+        self.shutdown()
+        self.server_close()
+        while self.connections and time.monotonic() < deadline:
+            with self.lock:
+                # What an idle client sent just now can still be read; one in the middle of a request may go on.
+                idle = [c for c in self.connections if not c.answering]
+            for connection in idle:
+                connection.shutdown(socket.SHUT_RD)
+            time.sleep(0.02)
+
+
+def client_name(address: Any) -> str:
+    """A client's address for the log."""
+    return str(address[0]) if address else "local"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: reads requests as RFC 9112 says, strictly, and answers them in JSON.
+
+    http.server's own parser takes `+4` and `0_4` for a length, passes chunked bodies over, and has no deadline.
+    """
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+    request: Connection
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Shake hands where TLS is spoken, and make the files."""
+        tls = self.server.config.tls
+        if tls:
+            sock = tls.wrap_socket(self.request.sock, server_side=True, do_handshake_on_connect=False)
+            self.request.sock = sock
+            self.request.arm()
+            sock.do_handshake()
+        self.rfile = self.request.makefile()
+        self.wfile = io.BytesIO()  # an answer leaves as one piece
+
+    def handle_one_request(self) -> None:
+        """Read a request, answer it, log it."""
+        self.close_connection = True
+        self.command, self.path, self.request_version = "-", "-", "HTTP/1.1"
+        self.unread = True  # there may be more of this request to come
+        self.note = ""  # for the log
+        try:
+            self.request.expect(self.server.config.request_timeout)
+            if not self.rfile.peek(1):  # type: ignore[attr-defined]
+                return
+        except (OSError, ValueError):  # idle for too long, or gone
+            return
+        started = time.monotonic()
+        self.request.deadline = started + self.server.config.request_timeout
+        headers: dict[str, str] = {}
+        try:
+            self.read_head()
+            status, payload = self.route()
+        except Refusal as error:
+            status, payload, headers = error.status, error.as_json(), error.headers
+        except TimeoutError:
+            seconds = f"{self.server.config.request_timeout:g} s"
+            status, payload = 408, Refusal(408, "timeout", f"the request did not arrive within {seconds}").as_json()
+        except OSError as error:
+            log.debug("connection closed client=%s: %s", client_name(self.client_address), error)
+            return
+        except Exception as error:  # a bug: this request is answered, and the daemon lives
+            log.error("%s", describe(error))
+            status, payload = 500, Refusal(500, "internal", "internal error: the log has more").as_json()
+        self.answer(status, payload, headers)
+        log.info(
+            "%s %s %d client=%s seconds=%.3f%s",
+            self.command,
+            self.path.partition("?")[0][:200],  # the query may hold the token
+            status,
+            client_name(self.client_address),
+            time.monotonic() - started,
+            self.note,
+        )
+
+    def read_head(self) -> None:
+        """Read the request line and the headers. Raises Refusal."""
+        lines, left = [], HEAD_BYTES
+        while line := self.read_line(left):
+            lines.append(line)
+            left -= len(line)
+            if len(lines) > HEAD_LINES:
+                raise Refusal(431, "head_too_large", f"over {HEAD_LINES} lines of headers")
+        match = REQUEST_LINE.fullmatch(lines[0]) if lines else None
+        if not match:
+            raise Refusal(400, "malformed_request", "the request line is not METHOD TARGET HTTP/1.1")
+        self.command, self.path = match[1].decode(), match[2].decode()
+        self.fields: dict[str, list[str]] = {}
+        for line in lines[1:]:
+            field = HEADER_LINE.fullmatch(line)
+            if not field:  # also a folded line, or a blank before the colon (RFC 9112, sections 5.1 and 5.2)
+                raise Refusal(400, "malformed_request", "a header line is malformed")
+            self.fields.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
+        http_1_1 = match[3] != b"0"
+        if len(self.fields.get("host", ())) != 1 and (http_1_1 or "host" in self.fields):
+            raise Refusal(400, "malformed_request", "there must be one Host header (RFC 9112, section 3.2)")
+        self.length = self.body_length(http_1_1)
+        self.unread = self.length != 0
+        options = ",".join(self.fields.get("connection", ())).lower().split(",")
+        self.close_connection = not http_1_1 or "close" in (option.strip() for option in options)
+
+    def read_line(self, limit: int) -> bytes:
+        """One line without its CRLF. Raises Refusal."""
+        line = self.rfile.readline(limit + 2)
+        if line.endswith(b"\r\n"):
+            return line[:-2]
+        if len(line) >= limit + 2:
+            raise Refusal(431, "head_too_large", f"over {HEAD_BYTES} bytes of headers")
+        if line.endswith(b"\n"):
+            raise Refusal(400, "malformed_request", "a line does not end with CRLF")
+        raise ConnectionResetError("closed in the middle of a request")
+
+    def body_length(self, http_1_1: bool) -> int | None:
+        """The body's bytes, None where it comes in chunks (RFC 9112, section 6). Raises Refusal."""
+        lengths, codings = self.fields.get("content-length", []), self.fields.get("transfer-encoding")
+        if codings is None:
+            if lengths and (len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0])):
+                raise Refusal(400, "malformed_request", "Content-Length: not one number")
+            return int(lengths[0]) if lengths else 0
+        if lengths or len(codings) > 1 or codings[0].lower() != "chunked" or not http_1_1:
+            raise Refusal(400, "malformed_request", "Transfer-Encoding: only `chunked`, alone, and in HTTP/1.1")
+        return None
+
+    def read_body(self) -> bytes:
+        """The request's body, which the caller gives back with `server.receive`. Raises Refusal."""
+        limit = self.server.config.max_body
+        too_large = Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
+        if (self.length or 0) > limit:
+            raise too_large
+        if "100-continue" in (field.lower() for field in self.fields.get("expect", ())) and self.unread:
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = bytearray()
+        try:
+            for piece in self.pieces():
+                self.server.receive(len(piece))
+                body += piece
+                if len(body) > limit:
+                    raise too_large
+        except BaseException:
+            self.server.receive(-len(body))
+            raise
+        self.unread = False
+        self.request.answering = True
+        return bytes(body)
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body as it comes. Raises Refusal."""
+        if self.length is not None:
+            yield from self.read_exactly(self.length)
+            return
+        while True:
+            match = CHUNK_LINE.fullmatch(self.read_line(4096))
+            if not match:
+                raise Refusal(400, "malformed_request", "a chunk's size is malformed")
+            if not int(match[1], 16):
+                break
+            yield from self.read_exactly(int(match[1], 16))
+            if self.read_line(0):
+                raise Refusal(400, "malformed_request", "a chunk is longer than its size")
+        left = HEAD_BYTES
+        while trailer := self.read_line(left):
+            left -= len(trailer)
+            if not HEADER_LINE.fullmatch(trailer):
+                raise Refusal(400, "malformed_request", "a trailer is malformed")
+
+    def read_exactly(self, n: int) -> Iterator[bytes]:
+        """`n` bytes in pieces. Raises ConnectionResetError where fewer come."""
+        while n:
+            piece = self.rfile.read(min(n, 65536))
+            if not piece:
+                raise ConnectionResetError("closed in the middle of a body")
+            n -= len(piece)
+            yield piece
+
+    # Answering -------------------------------------------------------------------------------------------------------
+
+    def route(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of the answer to this request. Raises Refusal."""
+        target = re.sub(
+            "^https?://[^/?]*", "", self.path, flags=re.IGNORECASE
+        )  # absolute-form, RFC 9112, section 3.2.2
+        routes = {"/api/v1/s3/alert": ("POST", self.webhook), "/healthz": ("GET", self.health)}
+        method, function = routes.get(target.partition("?")[0], (None, None))
+        if function is None:
+            raise Refusal(404, "not_found", "there is nothing here; webhooks go to /api/v1/s3/alert")
+        if self.command != method and not (method == "GET" and self.command == "HEAD"):
+            allow = "GET, HEAD" if method == "GET" else str(method)
+            raise Refusal(405, "method_not_allowed", f"only {allow}", {"Allow": allow})
+        return function()
+
+    def webhook(self) -> tuple[int, dict[str, Any]]:
+        """Take a webhook's alerts: 200 once they are on disk. Raises Refusal."""
+        self.authorize()
+        queue_, archiver = self.server.queue, self.server.archiver
+        body = self.read_body()
+        try:
+            alerts, problem = read_webhook(body), None
+        except Malformed as error:
+            alerts, problem = [], str(error)
+        arrivals = [alert for alert in alerts if isinstance(alert, Arrival)]
+        self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(alerts) - len(arrivals)}"
+        if problem or len(arrivals) < len(alerts):
+            # Nothing that presented the token is lost, whatever it is.
+            minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
+            arrivals.append(Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body))
+        try:
+            numbers = queue_.put(arrivals, watch=True) if arrivals else []
+        except QueueError as error:
+            raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
+        finally:
+            self.server.receive(-len(body))
+        del body, arrivals
+        archiver.wake.set()
+        if problem:
+            raise Refusal(400, "malformed_webhook", problem)
+        if numbers:
+            queue_.wait(numbers, self.server.config.wait, archiver.hopeless)
+        return self.verdict(alerts, numbers)
+
+    def authorize(self) -> None:
+        """Raises Refusal unless the request presents a webhook token, or none is set."""
+        tokens = [token.encode() for token in self.server.config.webhook_token or ()]
+        presented = [
+            urllib.parse.unquote_to_bytes(value)  # `+` is itself here: tokens are often base64
+            for name, _, value in (part.partition("=") for part in self.path.partition("?")[2].split("&"))
+            if name == "token"
+        ]
+        for field in self.fields.get("authorization", ()):
+            scheme, _, value = field.partition(" ")
+            if scheme.lower() == "bearer":
+                presented.append(value.strip().encode("latin-1"))
+        # Every pair is compared, each in constant time.
+        if tokens and not any([hmac.compare_digest(token, value) for token in tokens for value in presented]):
+            message = "present the webhook token: Authorization: Bearer TOKEN, or ?token=TOKEN"
+            raise Refusal(401, "unauthorized", message, {"WWW-Authenticate": 'Bearer realm="ts3d"'})
+
+    def verdict(self, alerts: list[Arrival | Rejected], numbers: list[int]) -> tuple[int, dict[str, Any]]:
+        """The answer: each alert's state, in the webhook's order."""
+        try:
+            queued = self.server.queue.states(numbers)
+        except QueueError:
+            queued = {number: ("webhooks", None) for number in numbers}
+        left, states, rejections = iter(numbers), [], []
+        for alert in alerts:
+            state: dict[str, Any] = {"id": alert.id, "state": "archived"}
+            if isinstance(alert, Rejected):
+                state.update(state="rejected", error={"type": "invalid_alert", "message": alert.message})
+                rejections.append(alert.message)
+            elif (number := next(left)) in queued:
+                step, error = queued[number]
+                state["state"] = "queued"
+                if trouble := json.loads(error) if error else self.server.archiver.trouble(step):
+                    state["error"] = trouble
+            states.append(state)
+        if rejections and len(rejections) == len(alerts):
+            more = f" (and {len(rejections) - 1} more)" if len(rejections) > 1 else ""
+            return 400, {**Refusal(400, "invalid_alert", rejections[0] + more).as_json(), "alerts": states}
+        return 200, {"success": True, "alerts": states}
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Whether webhooks can be taken, and what is queued."""
+        try:
+            queued, failed, oldest = self.server.queue.counts()
+            writable = self.server.queue.writable()
+        except QueueError:
+            writable = False
+        if not writable:
+            raise Refusal(
+                503, "queue_unavailable", "the queue takes no writes: the log says why", {"Retry-After": "10"}
+            )
+        return 200, {"success": True, "queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
+
+    def answer(self, status: int, payload: dict[str, Any], headers: dict[str, str]) -> None:
+        """Send the answer; where the client may still be sending, let it read before the connection closes."""
+        if self.unread or self.server.stopping:
+            self.close_connection = True
+        body = json.dumps(payload).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)  # type: ignore[attr-defined]
+        self.wfile = io.BytesIO()
+        self.request.deadline = time.monotonic() + self.server.config.request_timeout
+        try:
+            self.request.sendall(data)
+            if self.unread:
+                self.linger()
+        except OSError as error:
+            self.close_connection = True
+            log.debug("connection closed client=%s: %s", client_name(self.client_address), error)
+
+    def linger(self) -> None:
+        """Take what a client still sends, so that it is not reset before it has read its answer (RFC 9112, 9.6)."""
+        self.request.shutdown(socket.SHUT_WR)
+        self.request.answering = False
+        while self.rfile.read1(65536):
+            pass
+
+    def version_string(self) -> str:
+        """The Server header, without Python's version."""
+        return "ts3d"
+
+    def log_request(self, *_: Any) -> None:
+        """Nothing: handle_one_request logs, when the answer is sent."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+STOP_WITHIN = 8.0  # seconds from SIGTERM for what is at work; systemd and init scripts kill after 10 at the earliest
+
+
+def require_upstreams(config: Config) -> None:
+    """Raises ConfigError unless all is there that archiving needs."""
+    if config.auth == "hawk":
+        raise ConfigError(f"{config.file}: [threatstack] auth = 'hawk': API v2 is not supported yet, only `key`")
+    config.require("bucket", "api_key")
+    if not importlib.util.find_spec("boto3"):
+        raise ConfigError("boto3 is missing: apt install python3-boto3, or pip install boto3")
+
+
+def serve(config: Config) -> int:
+    """The daemon: listen, queue, archive, until SIGTERM or SIGINT."""
+    if config.workers:
+        require_upstreams(config)
+    # Blocked in all threads and waited for in this one: a handler could run at any moment, with any lock held.
+    stop_signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
+    threading.excepthook = lambda args: log.error("thread ended: %s", describe(args.exc_value or SystemExit()))
+    os.umask(0o077)  # the queue holds what customers' alerts say
+    raise_file_limit(config)
+    queue_ = Queue(config.path, config.max_size, create=True)
+    archiver = Archiver(config, queue_)
+    server = Server(config, queue_, archiver)
+    acceptor = threading.Thread(target=server.serve_forever, args=(0.1,), name="acceptor", daemon=True)
+    acceptor.start()
+    host, port = str(server.server_address[0]), server.server_address[1]
+    target = f"archiving to s3://{config.bucket}/{config.prefix}" if config.workers else "only receiving"
+    scheme = "https" if config.tls else "http"
+    shown = f"[{host}]" if ":" in host else host
+    log.info("ts3d %s listens on %s://%s:%d, queue %s, %s", VERSION, scheme, shown, port, config.path, target)
+    archiver.start()
+    problem = None
+    while not (problem or signal.sigtimedwait(stop_signals, 1)):
+        problem = archiver.fatal or (queue_.malformed and "the queue is malformed: the next start moves it aside")
+    deadline = time.monotonic() + STOP_WITHIN
+    log.info("stopping")
+    archiver.stopping.set()  # answers wait for S3 no longer
+    queue_.stir()
+    server.stop(deadline)
+    archiver.stop(deadline)
+    queue_.close()
+    if isinstance(problem, ConfigError):
+        raise problem
+    if problem:
+        log.critical("%s", problem)
+        return 1
+    log.info("stopped")
+    return 0
+
+
+def raise_file_limit(config: Config) -> None:
+    """Allow as many open files as connections, workers and the rest may take."""
+    wanted = 2 * config.max_connections + 4 * config.workers + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def check(path: str) -> int:
+    """Look at configuration, queue, S3 and Threat Stack: a line each, `ok` or what is wrong."""
+
+    def look(name: str, probe: Callable[[], str]) -> bool:
+        try:
+            print(f"ok    {name:14}{printable(redact(probe()))}", flush=True)
+            return True
+        except (ConfigError, UpstreamError, QueueError) as error:
+            print(f"FAIL  {name:14}{printable(redact(str(error)))}", flush=True)
+            return False
+
+    config: Config
+
+    def configuration() -> str:
+        nonlocal config
+        config = load_config(path)
+        require_upstreams(config)
+        return path
+
+    if not look("configuration", configuration):
+        return 1
+    probes = (
+        ("queue", lambda: check_queue(config)),
+        ("s3", lambda: S3(config).check()),
+        ("threatstack", lambda: ThreatStack(config).check()),
+    )
+    return 0 if all([look(name, probe) for name, probe in probes]) else 1
+
+
+def check_queue(config: Config) -> str:
+    """What is queued, in words, or that the daemon can make a queue. Raises ConfigError, QueueError."""
+    folder = os.path.dirname(config.path)
+    if not os.path.exists(config.path):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"{config.path}: {folder} is no folder that can be written ([queue] path)")
+        return f"{config.path} is not there yet: `ts3d serve` makes it"
+    queue_ = Queue(config.path, config.max_size)
+    try:
+        queued, failed, _ = queue_.counts()
+        queue_.counts()
+    finally:
+        queue_.close()
+    return f"{config.path}: {queued} queued, {failed} failed"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that the arguments name; its exit code."""
+    parser = argparse.ArgumentParser(prog="ts3d", description="Archives Threat Stack's alerts in AWS S3.")
+    parser.add_argument("--version", action="version", version=f"ts3d {VERSION}")
+    option = argparse.ArgumentParser(add_help=False)
+    for place in (parser, option):  # before the command and after it
+        place.add_argument("-c", dest="config", metavar="FILE", default=argparse.SUPPRESS, help="configuration")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("serve", parents=[option], help="the daemon (the default command)")
+    commands.add_parser("check", parents=[option], help="say whether everything is in place")
+    chosen = parser.parse_args(arguments)
+    path = find_config(getattr(chosen, "config", None))
+    try:
+        if chosen.command == "check":
+            return check(path)
+        config = load_config(path)
+        start_log(config.level)
+        return serve(config)
+    except ConfigError as error:
+        print(f"ts3d: {printable(redact(str(error)))}", file=sys.stderr)
+        return 78  # EX_CONFIG of sysexits.h
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
