@@ -1362,7 +1362,7 @@ class S3(Upstream):
         import botocore.exceptions
 
         try:
-            client.put_object(
+            answer = client.put_object(
                 Bucket=self.config.bucket,
                 Key=self.key(name),
                 Body=body,
@@ -1371,6 +1371,8 @@ class S3(Upstream):
                 ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
                 **self._extra,
             )
+            if not answer.get("ETag"):  # botocore takes any 200 for success, also a proxy's page
+                raise UpstreamError("s3_bad_answer", "S3: a 200 without an ETag is not S3's answer")
         except botocore.exceptions.ClientError as error:
             status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
             if status == 412 and "IfNoneMatch" in self._extra:

@@ -89,9 +89,12 @@ class Rclone:
     def objects(self, under=""):
         """What S3 holds: bodies by key."""
         top = self.folder / BUCKET
-        found = sorted(path for path in top.rglob("*") if path.is_file() and ".partial" not in path.name)
-        bodies = {str(path.relative_to(top)): path.read_bytes() for path in found}
-        return {key: body for key, body in bodies.items() if key.startswith(under)}
+        bodies = {}
+        for path in sorted(top.rglob("*")):
+            key = str(path.relative_to(top))
+            if key.startswith(under) and path.is_file() and not path.name.startswith(".rclone_temp"):
+                bodies[key] = path.read_bytes()
+        return bodies
 
     def clear(self):
         shutil.rmtree(self.folder / BUCKET)
@@ -193,8 +196,31 @@ def rclone(tmp_path_factory):
 def s3(rclone):
     rclone.clear()
     yield rclone
-    if not rclone.process or rclone.process.poll() is not None:
+    if rclone.process:
+        rclone.process.send_signal(signal.SIGCONT)
+    else:
         rclone.start()
+
+
+class FaultyPlace:
+    """Puts a server that fails in a place, and takes it away."""
+
+    server = None
+
+    def __call__(self, port, mode):
+        self.server = threatstack.Faulty(port, mode)
+
+    def stop(self):
+        if self.server:
+            self.server.stop()
+            self.server = None
+
+
+@pytest.fixture
+def faulty(s3):
+    place = FaultyPlace()
+    yield place
+    place.stop()
 
 
 @pytest.fixture

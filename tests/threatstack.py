@@ -3,7 +3,9 @@
 By hand: `python tests/threatstack.py PORT`.
 """
 
+import contextlib
 import json
+import socket
 import sys
 import threading
 import time
@@ -56,10 +58,13 @@ class Faulty(ThreadingHTTPServer):
         pass
 
     def stop(self):
-        """Close it, and what hangs with it."""
+        """Close it, with every connection."""
         self.released.set()
         self.shutdown()
         self.server_close()
+        for sock in self.connections:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 class Handler(BaseHTTPRequestHandler):

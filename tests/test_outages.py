@@ -1,0 +1,302 @@
+"""Threat Stack or S3 away, in every way: webhooks are taken, the answer says why, and all arrives by itself."""
+
+import json
+import signal
+import time
+
+import pytest
+import threatstack
+from conftest import TOKEN, alert, until
+
+QUICK = {"server__wait": "1", "threatstack__timeout": "1"}
+
+
+def limited(handler):
+    handler.send(429, b"slow down", [("x-rate-limit-reset", "1500")])
+
+
+API_FAULTS = {
+    "stopped": "threatstack_unreachable",
+    "hang": "threatstack_",  # silent, and after the time-out timeout
+    503: "threatstack_error",
+    429: "threatstack_rate_limited",
+    401: "threatstack_unauthorized",
+    403: "threatstack_forbidden",
+    "garbage": "threatstack_bad_answer",
+    "reset": "threatstack_broken_off",
+    302: "threatstack_redirect",
+    limited: "threatstack_rate_limited",
+}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize(("mode", "type_"), API_FAULTS.items())
+def test_threat_stack_away(new_daemon, s3, api, mode, type_, killed):
+    daemon = new_daemon(**QUICK)
+    port = api.port
+    if mode == "stopped":
+        api.stop()
+    else:
+        api.mode = mode
+    status, answer = daemon.post({"alerts": [alert(n) for n in range(5)]})
+    assert status == 200
+    for state in answer["alerts"]:
+        assert state["state"] == "queued"
+        assert state["error"]["type"].startswith(type_)
+        assert state["error"]["message"]
+    # Threat Stack being down keeps no webhook from S3.
+    until(lambda: len(s3.objects("webhooks/")) == 5)
+    assert s3.objects("alerts/") == {}
+    if killed:
+        daemon.kill()
+        daemon.start()
+        status, answer = daemon.post({"alerts": [alert(5)]})
+        assert (status, answer["alerts"][0]["state"]) == (200, "queued")
+    if mode == "stopped":
+        api = threatstack.Faulty(port)
+    else:
+        api.mode = None
+    until(lambda: len(s3.objects("alerts/")) == 5 + killed)
+    until(lambda: daemon.health()["queued"] == 0)
+    if mode == "stopped":
+        api.stop()
+
+
+S3_FAULTS = {
+    "stopped": "s3_EndpointConnectionError",
+    "frozen": "s3_",
+    "hang": "s3_",
+    503: "s3_503",
+    429: "s3_429",
+    401: "s3_401",
+    403: "s3_403",
+    "garbage": "s3_",
+    "reset": "s3_",
+}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize(("mode", "type_"), S3_FAULTS.items())
+def test_s3_away(new_daemon, s3, api, faulty, mode, type_, killed):
+    daemon = new_daemon(**QUICK)
+    if mode == "frozen":
+        s3.process.send_signal(signal.SIGSTOP)
+    else:
+        s3.stop()
+    if mode not in ("stopped", "frozen"):
+        faulty(s3.port, mode)
+    begin = time.monotonic()
+    status, answer = daemon.post({"alerts": [alert(n) for n in range(5)]})
+    assert time.monotonic() - begin < 5
+    assert status == 200
+    for state in answer["alerts"]:
+        assert state["state"] == "queued"
+        assert state["error"]["type"].startswith(type_), state
+        assert state["error"]["message"]
+    if killed:
+        daemon.kill()
+        daemon.start()
+        assert daemon.post({"alerts": [alert(5)]})[0] == 200
+    faulty.stop()
+    if mode == "frozen":
+        s3.process.send_signal(signal.SIGCONT)
+    else:
+        s3.start()
+    until(lambda: len(s3.objects("webhooks/")) == len(s3.objects("alerts/")) == 5 + killed)
+    until(lambda: daemon.health()["queued"] == 0)
+
+
+def test_a_poisoned_alert_delays_no_other(new_daemon, s3, api):
+    daemon = new_daemon(server__wait="5")
+    api.modes["alert-000000"] = 500
+    api.modes["alert-000001"] = 404
+    bad = daemon.post({"alerts": [alert(0), alert(1)]})[1]["alerts"]
+    assert [a["error"]["type"] for a in bad] == ["threatstack_error", "threatstack_not_found"]
+    for n in range(2, 42):
+        assert daemon.post({"alerts": [alert(n)]})[1]["alerts"][0] == {"id": f"alert-{n:06}", "state": "archived"}
+    assert len(s3.objects("alerts/")) == 40
+    assert daemon.health()["queued"] == 2
+
+
+def test_two_poisoned_alerts_hold_the_rest_for_seconds_only(new_daemon, s3, api):
+    daemon = new_daemon(server__wait="0", archive__workers="2")
+    for n in range(3):
+        api.modes[f"alert-{n:06}"] = 500
+    daemon.post({"alerts": [alert(n) for n in range(3)]})
+    until(lambda: daemon.logged("threatstack is held"))
+    daemon.post({"alerts": [alert(n) for n in range(3, 100)]})
+    until(lambda: len(s3.objects("alerts/")) == 97, 30)
+
+
+def test_one_hung_call_keeps_no_other_alert_waiting(new_daemon, s3, api):
+    daemon = new_daemon(server__wait="0", threatstack__timeout="30", archive__workers="3")
+    api.modes["alert-000000"] = "hang"
+    daemon.post({"alerts": [alert(n) for n in range(50)]})
+    until(lambda: len(s3.objects("alerts/")) == 49)
+
+
+def test_while_threat_stack_hangs_webhooks_go_to_s3(new_daemon, s3, api):
+    daemon = new_daemon(server__wait="0", threatstack__timeout="30")
+    api.mode = "hang"
+    daemon.post({"alerts": [alert(n) for n in range(100)]})
+    until(lambda: len(s3.objects("webhooks/")) == 100)
+
+
+def test_a_held_upstream_is_probed_by_one_and_logged_once(new_daemon, s3, api):
+    daemon = new_daemon(server__wait="0")
+    api.mode = 429
+    daemon.post({"alerts": [alert(n) for n in range(100)]})
+    until(lambda: len(s3.objects("webhooks/")) == 100)
+    first = len(api.calls)  # as many as were under way when the first answer came
+    assert first <= 16
+    until(lambda: len(api.calls) >= first + 3)
+    assert len(daemon.log().split("threatstack is held")) == 2
+    api.mode = None
+    until(lambda: len(s3.objects("alerts/")) == 100)
+    assert len(daemon.log().split("threatstack is back")) == 2
+
+
+def test_retry_after_is_obeyed(new_daemon, s3, api):
+    def later(handler):
+        handler.send(429, b"", [("Retry-After", "3")])
+
+    daemon = new_daemon()
+    api.mode = later
+    daemon.post({"alerts": [alert(0)]})
+    api.mode = None
+    until(lambda: s3.objects("alerts/"))
+    first, *_, last = [when for when, _, _ in api.calls]
+    assert last - first >= 3
+
+
+def test_steps_done_are_remembered(new_daemon, s3, api):
+    daemon = new_daemon(server__wait="0")
+    api.mode = 503
+    daemon.post({"alerts": [alert(n) for n in range(3)]})
+    until(lambda: len(s3.objects("webhooks/")) == 3)
+    until(lambda: len(api.calls) > 3)
+    daemon.stop()
+    s3.clear()
+    api.mode = None
+    daemon.start()
+    until(lambda: len(s3.objects("alerts/")) == 3)
+    until(lambda: daemon.health()["queued"] == 0)
+    assert s3.objects("webhooks/") == {}
+
+
+def test_an_alert_that_keeps_failing_is_set_aside_and_tried_anew_when_sent_again(new_daemon, s3, api):
+    daemon = new_daemon(archive__give_up_after="1")
+    api.modes["alert-000000"] = 500
+    daemon.post({"alerts": [alert(0)]})
+    until(lambda: daemon.health()["failed"] == 1)
+    assert daemon.health()["queued"] == 0
+    assert daemon.logged("alert alert-000000 failed for good after")
+    daemon.stop()
+    daemon.start()
+    assert daemon.health()["failed"] == 1
+    api.modes.clear()
+    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"] == [{"id": "alert-000000", "state": "archived"}]
+    assert daemon.health()["failed"] == 0
+
+
+def test_an_outage_makes_no_alert_fail(new_daemon, s3, api):
+    daemon = new_daemon(archive__give_up_after="0.5")
+    api.mode = 401
+    daemon.post({"alerts": [alert(n) for n in range(3)]})
+    until(lambda: len(api.calls) >= 5, 40)
+    assert daemon.health()["failed"] == 0
+    api.mode = None
+    until(lambda: len(s3.objects("alerts/")) == 3)
+
+
+def test_somebody_elses_detail_is_not_archived(daemon, s3, api):
+    api.mode = lambda handler: handler.send(200, threatstack.detail("alert-000009"))
+    error = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]
+    assert error == {"type": "threatstack_bad_answer", "message": "Threat Stack: the answer is not this alert's detail"}
+    assert s3.objects("alerts/") == {}
+
+
+def test_a_redirect_is_not_followed(daemon, s3, api):
+    elsewhere = threatstack.Faulty()
+    api.mode = lambda handler: handler.send(302, b"", [("Location", f"{elsewhere.url}/api/v1/alerts/alert-000000")])
+    daemon.post({"alerts": [alert(0)]})
+    assert elsewhere.calls == []
+    elsewhere.stop()
+
+
+def slowly(handler):
+    """One byte of the head now and then."""
+    for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + b"X: y\r\n" * 100:
+        handler.wfile.write(bytes([byte]))
+        if handler.server.released.wait(0.1):
+            break
+    handler.close_connection = True
+
+
+def endlessly(handler):
+    """A body without end."""
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server.released.is_set():
+        handler.wfile.write(b" " * 1_000_000)
+
+
+def cut(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b"{}")
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize(
+    ("mode", "type_"), [(slowly, "timeout"), (endlessly, "bad_answer"), (cut, "broken_off")], ids=lambda v: str(v)
+)
+def test_a_call_ends_at_its_deadline(new_daemon, s3, api, mode, type_):
+    daemon = new_daemon(server__wait="5", threatstack__timeout="1.5")
+    api.mode = mode
+    daemon.post({"alerts": [alert(0), alert(1)]})
+    until(lambda: daemon.logged(r"threatstack is held|alert-00000\d: "))
+    error = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]
+    assert error["type"] == f"threatstack_{type_}"
+
+
+def test_an_answer_ends_its_wait_where_waiting_makes_no_sense(new_daemon, api):
+    daemon = new_daemon(server__wait="30")
+    api.mode = 401
+    begin = time.monotonic()
+    answer = daemon.post({"alerts": [alert(0)]})[1]
+    assert time.monotonic() - begin < 10
+    assert answer["alerts"][0]["error"]["type"] == "threatstack_unauthorized"
+
+
+def test_the_key_in_an_upstreams_answer_is_not_passed_on(new_daemon, api):
+    daemon = new_daemon()
+    api.mode = lambda handler: handler.send(403, f"bad key {threatstack.KEY}".encode())
+    answer = json.dumps(daemon.post({"alerts": [alert(0)]})[1])
+    assert "bad key ***" in answer
+    assert threatstack.KEY not in answer
+    assert TOKEN not in answer
+
+
+def test_wrong_credentials_of_aws(new_daemon, s3):
+    daemon = new_daemon(start=False)
+    daemon.environment["AWS_SECRET_ACCESS_KEY"] = "wrong"
+    daemon.start()
+    answer = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]
+    assert answer["state"] == "queued"
+    assert "SignatureDoesNotMatch" in answer["error"]["type"]
+
+
+def test_no_credentials_of_aws(new_daemon):
+    daemon = new_daemon(start=False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        del daemon.environment[name]
+    daemon.environment["HOME"] = str(daemon.folder)
+    daemon.start()
+    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]["type"] == "s3_NoCredentialsError"
+
+
+def test_no_bucket(new_daemon):
+    daemon = new_daemon(s3__bucket="elsewhere")
+    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]["type"] == "s3_NoSuchBucket"
