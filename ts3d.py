@@ -279,7 +279,7 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
         what = f"[{error.section}] {getattr(error, 'option', '')}".strip()
         raise ConfigError(f"{path}: line {error.lineno}: {what} is there twice") from None
     except configparser.ParsingError as error:  # its own text quotes the line, which may hold a secret
-        line = error.errors[0][0] if error.errors else getattr(error, "lineno", 1)
+        line = error.errors[0][0] if getattr(error, "errors", None) else getattr(error, "lineno", 1)
         raise ConfigError(f"{path}: line {line}: not `option = value` in a [section]") from None
     known = {section: [o.name for o in OPTIONS if o.section == section] for section in {o.section for o in OPTIONS}}
     for option in OPTIONS:
@@ -495,25 +495,25 @@ def read_alert(text: str, alert: Any, place: str) -> Arrival | Rejected:
     member = f"{place}." if place else ""
     id_ = alert.get("id")
     shown = id_ if isinstance(id_, str) and not isinstance(id_, Number) else None
-    names = [name for name, _, _ in parts(text)]
+    members = [(name, literal) for name, _, literal in parts(text)]
+    names, literals = [name for name, _ in members], dict(members)
     for name in ("id", "created_at"):
         if names.count(name) != 1:
             return Rejected(shown, f"{member}{name}: {'there twice' if name in alert else 'missing'}")
     if shown is None:
         return Rejected(None, f"{member}id: not a string")
     if not ALERT_ID.fullmatch(shown):
-        return Rejected(shown[:200], f"{member}id: {excerpt(shown)} is not 4 to 128 of A-Z a-z 0-9 _ -")
+        return Rejected(shown[:200], f"{member}id: {excerpt(literals['id'])} is not 4 to 128 of A-Z a-z 0-9 _ -")
     try:
         minute = minute_of(alert["created_at"])
     except (ValueError, OverflowError) as error:
-        return Rejected(shown, f"{member}created_at: {excerpt(alert['created_at'])} {error}")
+        return Rejected(shown, f"{member}created_at: {excerpt(literals['created_at'])} {error}")
     return Arrival(shown, minute, "webhooks", text.strip(" \t\n\r").encode())
 
 
-def excerpt(value: Any) -> str:
-    """A JSON value for a message, as it was written where that is short."""
-    text = value if isinstance(value, Number) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def excerpt(literal: str) -> str:
+    """A JSON value as it was written, shortened for a message."""
+    return printable(literal if len(literal) <= 60 else literal[:57] + "...")
 
 
 def minute_of(created_at: Any) -> str:
@@ -610,7 +610,8 @@ class Queue:
         self._taken: set[int] = set()
         self._watched: set[int] = set()  # jobs that answers wait for; notified when one is done
         self._written = -1.0  # monotonic time of the last commit
-        self._wal_empty = False  # all of the write-ahead log is in the file, and the next commit begins it anew
+        self._refused = 0  # bytes of the last put, if there was no room for it
+        self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
         self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
         try:
             if create:
@@ -636,42 +637,39 @@ class Queue:
 
     def _open(self, create: bool) -> None:
         """Open the file, moving it aside and starting anew where it is malformed and this is the daemon."""
+        self._db = self._connect("rwc" if create else "rw")
         try:
-            self._db = self._connect(create)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if version > self.VERSION or (version == 0 and tables):
                 what = f"made by a newer ts3d (version {version})" if version else "some other SQLite file"
                 raise ConfigError(f"{self.path}: {what} ([queue] path)")
-            if create and version == 0:
-                self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
             if create:
+                self._db.execute("PRAGMA journal_mode = WAL").close()
+                if version == 0:
+                    self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
                 problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
                 if problem != "ok":
                     raise sqlite3.DatabaseError(problem)
                 # A new process has a new monotonic clock, and what was taken by the old one is due again.
                 self._db.execute("UPDATE jobs SET due = 0 WHERE failed = 0 AND due > 0")
         except sqlite3.DatabaseError as error:
+            self._db.close()
             if not (create and is_malformed(error)):
                 raise
-            self._db.close()
-            self._move_aside(str(error))
+            self._move_aside(" ".join(str(error).split()))
             return self._open(create)
-        self._reader, self._checkpointer = self._connect(), self._connect()
+        self._reader, self._checkpointer = self._connect("rw"), self._connect("rw")
+        for db in (self._db, self._reader, self._checkpointer):
+            db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
+            # SQLite before 3.51.3 can lose a commit that races with a checkpoint ("the WAL-reset bug"), so only
+            # _checkpoint does any.
+            db.execute("PRAGMA wal_autocheckpoint = 0").close()
+            db.execute(f"PRAGMA journal_size_limit = {self._checkpoint_at}").close()
 
-    def _connect(self, create: bool = False) -> sqlite3.Connection:
-        uri = f"file:{urllib.parse.quote(self.path)}?mode={'rwc' if create else 'rw'}"
-        db = sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
-        for pragma in (
-            "journal_mode = WAL",
-            "synchronous = FULL",  # a commit is on disk when it returns
-            # SQLite before 3.51.3 can lose a commit that races with a checkpoint ("the WAL-reset bug"), so nobody
-            # but _checkpoint does any.
-            "wal_autocheckpoint = 0",
-            f"journal_size_limit = {self._checkpoint_at}",
-        ):
-            db.execute(f"PRAGMA {pragma}").close()
-        return db
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        uri = f"file:{urllib.parse.quote(self.path)}?mode={mode}"
+        return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
 
     def _move_aside(self, problem: str) -> None:
         suffix = f".malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
@@ -697,7 +695,9 @@ class Queue:
         now = time.time()
 
         def run(db: sqlite3.Connection) -> list[int]:
+            self._refused = bytes_
             self._make_sure_of_room(db, bytes_)
+            self._refused = 0
             return [self._put_one(db, arrival, now) for arrival in arrivals]
 
         def committed(numbers: list[int]) -> None:
@@ -758,12 +758,11 @@ class Queue:
             self._lock.notify_all()
 
     def writable(self) -> bool:
-        """Whether the queue takes webhooks: proved by a commit of the last second, or by one made for this."""
+        """Whether the queue takes webhooks: there is room, and a commit of the last second, or one made now, worked."""
         fresh = self.trouble is None and time.monotonic() - self._written < 1
         try:
-            # An UPDATE of nothing writes nothing; user_version is one page, written again as it is.
-            self._write(lambda db: self._make_sure_of_room(db, 0))
-            if not fresh:
+            self._write(lambda db: self._make_sure_of_room(db, self._refused))
+            if not fresh:  # an UPDATE of nothing would write nothing: this writes a page as it was
                 self._write(lambda db: db.execute(f"PRAGMA user_version = {self.VERSION}"))
         except QueueError:
             return False
@@ -774,7 +773,9 @@ class Queue:
         pages, free, page = (
             db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_count", "freelist_count", "page_size")
         )
-        wal = 0 if self._wal_empty else file_size(self.path + "-wal")
+        wal = file_size(self.path + "-wal")
+        if not self._wal_stuck:
+            wal = min(wal, self._checkpoint_at)  # what is beyond was checkpointed, and the next commit cuts it off
         if (pages - free) * page + wal + bytes_ > self.max_size:
             raise QueueError(f"the queue is full: [queue] max_size is {self.max_size} bytes")
         disk = os.statvfs(os.path.dirname(self.path))
@@ -815,7 +816,7 @@ class Queue:
             self._note_trouble(error)
         else:
             self._note_trouble(None)
-            self._written, self._wal_empty = time.monotonic(), False
+            self._written = time.monotonic()
         with self._lock:
             for write, result, failure in results:
                 if failure is None:
@@ -825,7 +826,7 @@ class Queue:
                 write.future.set_result(result)
             else:
                 write.future.set_exception(failure)
-        if file_size(self.path + "-wal") > self._checkpoint_at and not self._wal_empty:
+        if file_size(self.path + "-wal") > self._checkpoint_at:
             self._checkpoint()
 
     def _note_trouble(self, error: Exception | None) -> None:
@@ -843,7 +844,7 @@ class Queue:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 row = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-                self._wal_empty = row[1] == row[2]  # pages in the log, pages copied: fewer while somebody reads
+                self._wal_stuck = row[1] != row[2]  # pages in the log, pages copied
             finally:
                 self._db.execute("ROLLBACK")
         except sqlite3.Error as error:
@@ -1889,7 +1890,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not int(match[1], 16):
                 break
             yield from self.read_exactly(int(match[1], 16))
-            if self.read_line(0):
+            if self.rfile.read(2) != b"\r\n":
                 raise Refusal(400, "malformed_request", "a chunk is longer than its size")
         left = HEAD_BYTES
         while trailer := self.read_line(left):
@@ -2174,7 +2175,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 78  # EX_CONFIG of sysexits.h
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except Exception as error:  # a bug: one line for the user, who can do nothing with a traceback
+        print(f"ts3d: internal error: {printable(redact(describe(error)))}", file=sys.stderr)
         return 1
 
 

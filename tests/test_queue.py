@@ -1,0 +1,220 @@
+"""The queue: what was answered 200 survives, and what it cannot keep is answered 503."""
+
+import random
+import re
+import sqlite3
+import subprocess
+import threading
+import time
+
+import pytest
+import ts3d
+from conftest import alert, until
+
+
+def test_kill_at_any_moment_loses_nothing(new_daemon, s3):
+    daemon = new_daemon(server__wait="0")
+    acknowledged, stop = set(), threading.Event()
+
+    def client(number):
+        n = 0
+        while not stop.is_set():
+            n += 1
+            alerts = [alert(number * 100_000 + 10 * n + i) for i in range(3)]
+            try:
+                status, answer = daemon.post({"alerts": alerts})
+            except OSError:
+                stop.wait(0.05)
+                continue
+            assert status == 200
+            acknowledged.update(a["id"] for a in answer["alerts"])
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(1, 5)]
+    for thread in clients:
+        thread.start()
+    rng = random.Random(2)
+    for _ in range(6):
+        before = len(acknowledged)
+        until(lambda: len(acknowledged) > before)  # noqa: B023
+        stop.wait(rng.random() / 2)
+        daemon.kill()
+        daemon.start()
+    stop.set()
+    for thread in clients:
+        thread.join()
+    until(lambda: daemon.health()["queued"] == 0, 60)
+    objects = s3.objects()
+    for number in acknowledged:
+        assert f"alerts/al/er/{number}" in objects
+    assert acknowledged <= {key.rpartition("/")[2] for key in objects if key.startswith("webhooks/")}
+
+
+def test_archived_is_there_when_it_is_said(new_daemon, s3):
+    daemon = new_daemon(server__wait="10")
+    for n in range(30):
+        assert daemon.post({"alerts": [alert(n)]})[1]["alerts"][0]["state"] == "archived"
+        assert f"alerts/al/er/alert-{n:06}" in s3.objects()
+
+
+def test_a_full_queue_is_503_and_drains(new_daemon, s3, api):
+    daemon = new_daemon(server__wait="0", queue__max_size="1M")
+    s3.stop()
+    n = 0
+    while True:
+        status, answer = daemon.post({"alerts": [alert(n, text="x" * 20_000)]})
+        if status != 200:
+            break
+        n += 1
+    assert (status, answer["error"]["type"]) == (503, "queue_unavailable")
+    assert "max_size" in answer["error"]["message"]
+    assert 20 < n < 60
+    status, _, headers = daemon.request("GET", "/healthz")
+    assert (status, int(headers["Retry-After"]) > 0) == (503, True)
+    s3.start()
+    until(lambda: len(s3.objects("alerts/")) == n)
+    until(lambda: daemon.request("GET", "/healthz")[0] == 200)
+    assert daemon.post({"alerts": [alert(n)]})[0] == 200
+
+
+def test_small_webhooks_fill_a_queue_only_with_themselves(new_daemon, s3, api):
+    """The write-ahead log is emptied on the way, so that it does not eat what max_size gives."""
+    daemon = new_daemon(server__wait="0", queue__max_size="600K", archive__workers="0")
+    for n in range(300):
+        assert daemon.post({"alerts": [alert(n)]})[0] == 200, n
+
+
+def test_a_malformed_queue_is_moved_aside(new_daemon, s3):
+    daemon = new_daemon(archive__workers="0", server__wait="0")
+    for n in range(50):
+        daemon.post({"alerts": [alert(n)]})
+    assert daemon.stop() == 0
+    whole = daemon.queue.read_bytes()
+    broken = whole[:4096] + b"\xff" * 8192 + whole[12288:]
+    for content in (broken, b"this is not a database" * 1000, whole[:9000]):
+        daemon.queue.write_bytes(content)
+        begin = len(daemon.log())
+        daemon.start()
+        assert daemon.logged("CRITICAL the queue was malformed", begin)
+        assert daemon.health()["queued"] == 0
+        kept = max(daemon.folder.glob("queue.db.malformed-*"), key=lambda path: path.stat().st_mtime)
+        assert kept.read_bytes() == content
+        daemon.stop()
+        time.sleep(1)  # the copies are named by the second
+
+
+@pytest.mark.parametrize("sql", ["PRAGMA user_version = 99", "CREATE TABLE other (x)"])
+def test_a_file_that_is_not_ours_is_refused(new_daemon, sql):
+    daemon = new_daemon(start=False)
+    with sqlite3.connect(daemon.queue) as db:
+        db.execute(sql)
+    db.close()
+    before = daemon.queue.read_bytes()
+    result = daemon.run("serve")
+    assert result.returncode == 78
+    assert str(daemon.queue) in result.stderr
+    assert daemon.queue.read_bytes() == before
+
+
+def test_another_process_puts_jobs(new_daemon, s3):
+    daemon = new_daemon()
+    queue = ts3d.Queue(str(daemon.queue), 1 << 30)
+    queue.put([ts3d.Arrival("elsewhere", "2017/01/17/13/51", "webhooks", b"{}")])
+    queue.close()
+    until(lambda: len(s3.objects()) == 2, 5)
+    until(lambda: daemon.health()["queued"] == 0)
+
+
+def test_only_the_daemon_makes_a_queue(tmp_path):
+    with pytest.raises(ts3d.ConfigError, match="no queue yet"):
+        ts3d.Queue(str(tmp_path / "queue.db"), 1 << 30)
+
+
+@pytest.fixture
+def queue(tmp_path):
+    queue = ts3d.Queue(str(tmp_path / "queue.db"), 1 << 30, create=True)
+    yield queue
+    queue.close()
+
+
+def arrivals(*names):
+    return [ts3d.Arrival(name, "2017/01/17/13/51", "webhooks", name.encode()) for name in names]
+
+
+def test_order_and_steps(queue):
+    queue.put(arrivals("one", "two", "three"))
+    one, two = queue.take(["webhooks"], 2)
+    assert (one.id, two.id, queue.taken()) == ("one", "two", 2)
+    assert queue.body(two) == b"two"
+    one.step = "alerts"
+    queue.park(one)
+    assert [job.id for job in queue.take(["webhooks"], 9)] == ["three"]
+    assert [job.id for job in queue.take(["alerts"], 9)] == ["one"]
+    queue.retry(two, time.monotonic() + 60, "{}")
+    assert queue.take(["webhooks", "alerts"], 9) == []
+    queue.set_aside(one, '{"type": "x"}')
+    queue.done(two)
+    assert queue.counts()[:2] == (1, 1)
+    assert queue.states([1, 2, 3]) == {1: ("alerts", '{"type": "x"}'), 3: ("webhooks", None)}
+
+
+def test_one_that_failed_goes_behind_those_that_did_not(queue):
+    queue.put(arrivals("bad", "good"))
+    (bad,) = queue.take(["webhooks"], 1)
+    queue.retry(bad, time.monotonic(), "{}")
+    assert [job.id for job in queue.take(["webhooks"], 2)] == ["good", "bad"]
+
+
+def test_numbers_are_not_used_again(queue):
+    (number,) = queue.put(arrivals("one"))
+    (job,) = queue.take(["webhooks"], 1)
+    queue.done(job)
+    assert queue.put(arrivals("two"))[0] > number
+
+
+def test_a_checkpoint_keeps_the_log_small(queue, tmp_path):
+    for n in range(60):
+        queue.put([ts3d.Arrival(f"id-{n}", "2017/01/17/13/51", "webhooks", b"x" * 500_000)])
+    assert (tmp_path / "queue.db-wal").stat().st_size < 8 << 20
+
+
+def test_requests_that_wait_share_a_commit(queue, monkeypatch):
+    batches, commit, gate = [], queue._commit, threading.Event()
+
+    def commit_at_the_gate(writes):
+        batches.append(len(writes))
+        gate.wait(20)
+        commit(writes)
+
+    monkeypatch.setattr(queue, "_commit", commit_at_the_gate)
+    threads = [threading.Thread(target=queue.put, args=(arrivals(f"id-{n}"),)) for n in range(21)]
+    threads[0].start()
+    until(lambda: batches)
+    for thread in threads[1:]:
+        thread.start()
+    until(lambda: queue._inbox.qsize() == 20)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert batches == [1, 20]
+
+
+def test_a_sync_comes_before_the_answer(new_daemon, tmp_path):
+    """strace shows the order: the write of the alert, the sync, the 200."""
+    if subprocess.run(["strace", "-V"], capture_output=True, check=False).returncode:
+        pytest.skip("no strace")
+    daemon = new_daemon(archive__workers="0")
+    trace = tmp_path / "trace"
+    calls = "trace=fdatasync,fsync,sendto,pwrite64"
+    strace = subprocess.Popen(
+        ["strace", "-f", "-s", "4000", "-e", calls, "-o", trace, "-p", str(daemon.process.pid)], stderr=subprocess.PIPE
+    )
+    if b"attached" not in (line := strace.stderr.readline()):
+        pytest.skip(f"strace cannot attach: {line.decode()}")
+    daemon.post({"alerts": [alert(0)]})
+    daemon.stop()
+    strace.wait(10)
+    order = re.findall(r"(alert-000000.*title|pwrite64\(.*alert-000000|f(?:data)?sync\(|sendto\(.*200 OK)", trace.read_text())
+    kinds = [re.match(r"\w+", call)[0].replace("fsync", "fdatasync") for call in order]
+    assert "pwrite64" in kinds[: kinds.index("sendto")]
+    written = kinds.index("pwrite64")
+    assert "fdatasync" in kinds[written : kinds.index("sendto")], order
