@@ -118,7 +118,7 @@ url = matching(
     lambda text: text.rstrip("/"),
 )
 word = matching("[!-~]+", "one word of visible ASCII characters")
-words = matching(r"\s*([!-~]+\s*)+", "words of visible ASCII characters, one a line", str.split)
+words = matching(r"\s*[!-~]+(\s*\n\s*[!-~]+)*\s*", "words of visible ASCII characters, one a line", str.split)
 key_prefix = matching(
     r"([^/\x00-\x1f\x7f]+(/[^/\x00-\x1f\x7f]+)*)?",
     "a key prefix: no slash at either end, no empty part, no control character",
@@ -326,9 +326,7 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
         if not os.access(file, os.R_OK):
             raise ConfigError(f"{config.file}: [server] {option}: cannot read {file}")
     try:
-        context.load_cert_chain(
-            files[0], files[1], password=""
-        )  # a key that asks for a password fails instead of asking
+        context.load_cert_chain(files[0], files[1], password="")  # a key with a password fails, and asks for none
     except (ssl.SSLError, OSError) as error:
         cause = getattr(error, "reason", None) or error
         raise ConfigError(f"{config.file}: [server] tls_certificate, tls_key: no matching PEM pair: {cause}") from None
@@ -351,6 +349,7 @@ class LineFormatter(logging.Formatter):
         self.journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record's line."""
         record.exc_info = record.exc_text = record.stack_info = None  # a traceback is no line
         line = printable(redact(super().format(record)))
         return self.PRIORITIES.get(record.levelname, "") + line if self.journal else line
@@ -362,7 +361,7 @@ def printable(text: str) -> str:
 
 
 def start_log(level: str) -> None:
-    """Log to standard error, which is the journal where $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    """Log to standard error; it is the journal where $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
     stat = os.fstat(2)
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter(os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"))
@@ -572,7 +571,7 @@ class Write:
 
 
 class Queue:
-    """Jobs on disk. Its interface: put, wait, take, body, park, done, retry, set_aside, states, counts, writable, close.
+    """Jobs on disk: put, wait, take, release, body, park, done, retry, set_aside, states, counts, writable, close.
 
     One thread writes: what waits to be written at one moment is one transaction and one fsync. A job that was taken
     is remembered in memory only, so that after a crash it is due again at once. `due` is a time of the monotonic

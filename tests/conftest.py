@@ -143,7 +143,9 @@ class Daemon:
         begin = self.log_file.stat().st_size if self.log_file.exists() else 0
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(self.command("serve"), stderr=log, env=self.environment)
-        line = until(lambda: self.process.poll() is not None or self.logged(r"listens on \S+:(\d+)", begin), 20, "start")
+        line = until(
+            lambda: self.process.poll() is not None or self.logged(r"listens on \S+:(\d+)", begin), 20, "start"
+        )
         assert line is not True, f"ts3d ended with {self.process.returncode}: {self.log()}"
         self.address = ("127.0.0.1", int(line[1]))
         return self

@@ -11,8 +11,8 @@ need() {
     eval "$1" >/dev/null 2>&1 && return
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         say "installing $2 (apt-get install $2)"
-        apt-get -qq update >&2
-        DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install "$2" >&2
+        apt-get -qq update >/dev/null
+        DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install "$2" >/dev/null
         eval "$1" >/dev/null 2>&1 && return
     fi
     say "$2 is missing: install the package $2 (on Debian: apt install $2)"

@@ -7,8 +7,9 @@ import sys
 import pytest
 import threatstack
 import trustme
-import ts3d
 from conftest import ROOT, TOKEN, TS3D, alert, environment, keys_of, until
+
+import ts3d
 
 LEAVE = {"server__webhook_token": None}
 
@@ -37,6 +38,7 @@ def wrong(daemon):
         ({"server__max_body": "8 megabytes"}, ["[server] max_body = '8 megabytes'", "8M"]),
         ({"server__webhook_token": ""}, ["[server] webhook_token", "empty"]),
         ({"server__webhook_token": "open\u00e9"}, ["[server] webhook_token", "ASCII"]),
+        ({"server__webhook_token": "open-sesame ; a comment"}, ["[server] webhook_token", "one a line"]),
         ({"server__max_connections": "0"}, ["[server] max_connections = '0'"]),
         ({"server__tls_key": "x.pem"}, ["[server] tls_certificate is not set"]),
         ({"server__tls_certificate": "no.pem", "server__tls_key": "no.pem"}, ["[server] tls_certificate", "no.pem"]),
@@ -293,7 +295,9 @@ def test_if_none_match_leaves_what_is_there(new_daemon, tmp_path):
     """On moto: rclone's S3 has no conditional writes."""
     import boto3
 
-    if "IfNoneMatch" not in str(boto3.client("s3", region_name="us-east-1").meta.service_model.operation_model("PutObject").input_shape.members):
+    if "IfNoneMatch" not in str(
+        boto3.client("s3", region_name="us-east-1").meta.service_model.operation_model("PutObject").input_shape.members
+    ):
         pytest.skip(f"boto3 {boto3.__version__} has no IfNoneMatch")
     from moto.server import ThreadedMotoServer
 

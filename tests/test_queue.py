@@ -8,8 +8,9 @@ import threading
 import time
 
 import pytest
-import ts3d
 from conftest import alert, until
+
+import ts3d
 
 
 def test_kill_at_any_moment_loses_nothing(new_daemon, s3):
@@ -213,7 +214,9 @@ def test_a_sync_comes_before_the_answer(new_daemon, tmp_path):
     daemon.post({"alerts": [alert(0)]})
     daemon.stop()
     strace.wait(10)
-    order = re.findall(r"(alert-000000.*title|pwrite64\(.*alert-000000|f(?:data)?sync\(|sendto\(.*200 OK)", trace.read_text())
+    order = re.findall(
+        r"(alert-000000.*title|pwrite64\(.*alert-000000|f(?:data)?sync\(|sendto\(.*200 OK)", trace.read_text()
+    )
     kinds = [re.match(r"\w+", call)[0].replace("fsync", "fdatasync") for call in order]
     assert "pwrite64" in kinds[: kinds.index("sendto")]
     written = kinds.index("pwrite64")

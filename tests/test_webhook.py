@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
-import ts3d
 from conftest import alert, until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import ts3d
 
 GOOD = {"id": "587c0159a907346eccb84004", "created_at": 1484661065000}
 
@@ -48,7 +49,10 @@ def judged(value):
         ({"created_at": "+1459447024000"}, "is neither"),
         ({"created_at": "1459447024000.5"}, "is neither"),
         ({"created_at": "1_459_447_024_000"}, "is neither"),
-        ({"created_at": "\u0661\u0664\u0665\u0669\u0664\u0664\u0667\u0660\u0662\u0664\u0660\u0660\u0660"}, "is neither"),
+        (
+            {"created_at": "\u0661\u0664\u0665\u0669\u0664\u0664\u0667\u0660\u0662\u0664\u0660\u0660\u0660"},
+            "is neither",
+        ),
         ({"created_at": "2017-01-17"}, "is neither"),
         ({"created_at": "2017-01-17T13:51:05"}, "is neither"),
         ({"created_at": "2017-02-29T13:51:05Z"}, "created_at"),
@@ -77,7 +81,10 @@ def test_a_missing_member(missing):
 
 
 def test_a_member_there_twice_is_ambiguous():
-    for text in (b'{"id": "abcd", "id": "abce", "created_at": 0}', b'{"\\u0069d": "abcd", "id": "abcd", "created_at": 0}'):
+    for text in (
+        b'{"id": "abcd", "id": "abce", "created_at": 0}',
+        b'{"\\u0069d": "abcd", "id": "abcd", "created_at": 0}',
+    ):
         (result,) = ts3d.read_webhook(text)
         assert result.message == "id: there twice"
     with pytest.raises(ts3d.Malformed, match="alerts: there twice"):
@@ -137,7 +144,7 @@ def test_no_webhook_at_all(body):
 @pytest.mark.parametrize(
     "text",
     [
-        "\t{ \"x\" : [ ] ,\r\n %s } ",
+        '\t{ "x" : [ ] ,\r\n %s } ',
         '{"x": "\\ud800 \\u0000 \\"]}", %s}',
         '{"x": -0.0e-0, %s}',
         '{"x": 1e400, %s}',

@@ -1,0 +1,89 @@
+"""What the README says is what happens: its curl lines, its configurations, its policy, its two commands."""
+
+import configparser
+import json
+import re
+import subprocess
+
+import pytest
+from conftest import BUCKET, ROOT, TOKEN, alert, until
+
+import ts3d
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+CURLS = [
+    line
+    for language, block in BLOCKS
+    if language == "sh"
+    for line in block.replace("\\\n", "").splitlines()
+    if line.startswith("curl")
+]
+
+
+def test_the_first_screen():
+    screen = README.splitlines()[:45]
+    for part in ("sh tests/demo", "sh tests/run", "webhook_token =", "api_key =", "bucket ="):
+        assert [line for line in screen if part in line], part
+
+
+@pytest.mark.parametrize("line", CURLS)
+def test_curl_lines(new_daemon, line):
+    assert TOKEN in line or "401" in line or "healthz" in line
+    daemon = new_daemon()
+    command, _, comment = line.replace(":8080", f":{daemon.address[1]}").partition(" #")
+    result = subprocess.run(["sh", "-c", command + " -w ' %{http_code}'"], capture_output=True, text=True, check=True)
+    answer, _, status = result.stdout.rpartition(" ")
+    assert status == (re.match(r" (\d+)", comment) or re.match("(200)", "200"))[1]
+    assert json.loads(answer)["success"] is (status == "200")
+
+
+def test_the_curl_lines_were_found():
+    assert len(CURLS) == 4
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "ini"])
+def test_configurations(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(ts3d, "load_tls", lambda config: None)
+    monkeypatch.setattr(ts3d, "SECRETS", set())
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "webhook_token").write_text("x")
+    (tmp_path / "ts3d.conf").write_text(block)
+    config = ts3d.load_config(str(tmp_path / "ts3d.conf"))
+    assert config.webhook_token
+    parser = configparser.ConfigParser()
+    parser.read_string(block)
+    assert parser.sections()
+
+
+def test_the_policy():
+    (policy,) = [json.loads(block) for language, block in BLOCKS if language == "json"]
+    assert policy["Statement"][0]["Action"] == "s3:PutObject"
+
+
+def test_s3_is_laid_out_as_the_table_says(daemon, s3):
+    daemon.post({"alerts": [alert(0), 1]})
+    until(lambda: len(s3.objects()) == 3)
+    for key in s3.objects():
+        kind = key.partition("/")[0]
+        assert kind in ts3d.OBJECTS
+        assert f"| `{kind}/" in README
+
+
+def test_the_demo():
+    result = subprocess.run(["sh", "tests/demo", "--once"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result
+    for part in ("webhook_token = ", "$ curl ", '"state": "archived"', f"s3://{BUCKET}/alerts/58/7c/", "curl -i"):
+        assert part in result.stdout
+
+
+def test_nothing_else_stands_at_the_top():
+    result = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    top = {name.partition("/")[0] for name in result.stdout.split()}
+    assert {name for name in top if not name.startswith(".")} <= {
+        "README.md",
+        "systemd",
+        "tests",
+        "ts3d.conf",
+        "ts3d.py",
+    }
