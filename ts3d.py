@@ -1357,7 +1357,7 @@ class S3(Upstream):
         return f"{self.config.prefix}/{name}" if self.config.prefix else name
 
     def put(self, name: str, body: bytes, content_type: str) -> None:
-        """Write an object. With `IfNoneMatch = *` one that is there stays as it is. Raises UpstreamError, ConfigError."""
+        """Write an object; `IfNoneMatch = *` leaves one that is there. Raises UpstreamError, ConfigError."""
         client = self.client()
         import botocore.exceptions
 
