@@ -371,6 +371,11 @@ def start_log(level: str) -> None:
     log.setLevel(level)
 
 
+def name_of(error: object) -> str:
+    """An exception's class and text; the text alone may be empty or only a number."""
+    return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
+
+
 def describe(error: BaseException) -> str:
     """An unforeseen exception in one line, with the place in this file that it came from."""
     lines, trace = [], error.__traceback__
@@ -378,7 +383,7 @@ def describe(error: BaseException) -> str:
         if trace.tb_frame.f_code.co_filename == __file__:
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
-    return f"{type(error).__name__}: {error} (ts3d.py, lines {' > '.join(map(str, lines))})"
+    return f"{name_of(error)} (ts3d.py, lines {' > '.join(map(str, lines))})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -548,7 +553,11 @@ class QueueError(Exception):
 
 @dataclass
 class Job:
-    """A queued alert, without its body. `step` names the object to write next; `waited` counts seconds, see `retry`."""
+    """A queued alert, without its body.
+
+    `step` names the object to write next. `waited` is what counts towards giving up: the seconds that the job was
+    put off for failures of its own.
+    """
 
     number: int
     id: str
@@ -571,7 +580,7 @@ class Write:
 
 
 class Queue:
-    """Jobs on disk: put, wait, take, release, body, park, done, retry, set_aside, states, counts, writable, close.
+    """Jobs on disk: put, wait, take, release, body, retry, done, states, counts, writable, close.
 
     One thread writes: what waits to be written at one moment is one transaction and one fsync. A job that was taken
     is remembered in memory only, so that after a crash it is due again at once. `due` is a time of the monotonic
@@ -714,26 +723,18 @@ class Queue:
         sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
         return db.execute(sql, row).lastrowid or 0
 
-    def park(self, job: Job) -> None:
-        """Give back a job that cannot go on now, its step noted. Raises QueueError."""
-        self._update(job, "UPDATE jobs SET step = ? WHERE number = ?", job.step)
-
     def done(self, job: Job) -> None:
         """Forget a job: all of it is in S3. Raises QueueError."""
         self._update(job, "DELETE FROM jobs WHERE number = ?", forget=True)
 
-    def retry(self, job: Job, due: float, error: str) -> None:
-        """Give back a job that failed, to be taken again from `due` (monotonic clock) on. Raises QueueError.
+    def retry(self, job: Job, due: float = 0, error: str | None = None, failed: bool = False) -> None:
+        """Give back a job with its step, tries and `waited` noted, to be taken again from `due` (monotonic clock) on.
 
-        `job.waited` is what counts towards giving up: the seconds that it was put off for failures of its own.
+        `error` is what it failed for, None if it did not; `failed` sets it aside, until it is asked for again.
+        Raises QueueError.
         """
-        sql = "UPDATE jobs SET step = ?, due = ?, tries = ?, waited = ?, error = ? WHERE number = ?"
-        self._update(job, sql, job.step, due, job.tries, job.waited, error)
-
-    def set_aside(self, job: Job, error: str) -> None:
-        """Keep a job that failed for good, until somebody asks for it again. Raises QueueError."""
-        sql = "UPDATE jobs SET step = ?, tries = ?, error = ?, failed = 1 WHERE number = ?"
-        self._update(job, sql, job.step, job.tries, error)
+        sql = "UPDATE jobs SET step = ?, tries = ?, waited = ?, due = ?, error = ?, failed = ? WHERE number = ?"
+        self._update(job, sql, job.step, job.tries, job.waited, due, error, failed)
 
     def _update(self, job: Job, sql: str, *values: Any, forget: bool = False) -> None:
         def committed(_: object) -> None:
@@ -938,7 +939,7 @@ NOT_FOUND_FOR = 3600.0  # seconds for which the API may lag behind the webhook
 
 
 class UpstreamError(Exception):
-    """A call that failed: `type` and `message` for people and programs, and what follows from it.
+    """A call that failed: `type` and text, for programs and people, and what follows from it.
 
     `scope`: "all" holds the upstream at once; "some" does when it strikes two different alerts; "alert" says that
     the upstream works and this alert is the trouble. `retry_after`: seconds. `held` and `longest` are filled in by
@@ -948,9 +949,10 @@ class UpstreamError(Exception):
     held = False
     longest = LONGEST_PAUSE
 
-    def __init__(self, type_: str, message: str, scope: str = "some", retry_after: float = 0) -> None:
-        super().__init__(printable(redact(message))[:500])
-        self.type, self.scope, self.retry_after = type_, scope, min(retry_after, LONGEST_RETRY_AFTER)
+    def __init__(self, upstream: str, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> None:
+        super().__init__(printable(redact(text))[:500])
+        self.type = f"{upstream}_{re.sub('[^A-Za-z0-9]', '_', cause)}"
+        self.scope, self.retry_after = scope, min(retry_after, LONGEST_RETRY_AFTER)
 
     def as_json(self) -> dict[str, str]:
         """The error as answers show it."""
@@ -978,8 +980,7 @@ class Hold:
 class Upstream:
     """What Threat Stack and S3 have in common: calls under way, and the hold that an outage puts on all of them."""
 
-    name = "upstream"  # in types of errors and in the log
-    title = "upstream"  # in messages
+    name = title = "upstream"  # in types of errors and in the log; in messages
     seats: int | None = None  # how many jobs may be at it at once
 
     def __init__(self) -> None:
@@ -1018,10 +1019,8 @@ class Upstream:
 
     def call(self, job: Job, function: Callable[..., T], *args: Any) -> T:
         """Call `function` for this job and learn from it how the upstream is. Raises UpstreamError."""
-        if self.hold and not job.probe:
-            error = UpstreamError(self.hold.error.type, str(self.hold.error))
-            error.held = True
-            raise error
+        if (hold := self.hold) and not job.probe:
+            raise hold.error
         started = time.monotonic()
         self._calls[job.number] = started
         try:
@@ -1077,7 +1076,11 @@ class Upstream:
             silent = time.monotonic() - oldest if oldest and oldest > self._worked else 0
         if silent < 0.5:
             return None
-        return UpstreamError(f"{self.name}_silent", f"{self.title}: no answer yet for {silent:.1f} s")
+        return self.error("silent", f"no answer yet for {silent:.1f} s")
+
+    def error(self, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> UpstreamError:
+        """An UpstreamError of this upstream."""
+        return UpstreamError(self.name, cause, f"{self.title}: {text}", scope, retry_after)
 
 
 def retry_after(headers: Any) -> float:
@@ -1193,9 +1196,14 @@ class ApiHandler(urllib.request.AbstractHTTPHandler):
 class ThreatStack(Upstream):
     """Threat Stack's REST API, version 1. https://apidocs.threatstack.com"""
 
-    name = "threatstack"
-    title = "Threat Stack"
+    name, title = "threatstack", "Threat Stack"
     MAX_BODY = 32 << 20  # bytes of an answer
+    REFUSALS = {  # cause, scope and hint by status
+        401: ("unauthorized", "all", " (is [threatstack] api_key right?)"),
+        403: ("forbidden", "some", ""),
+        404: ("not_found", "alert", ""),
+        429: ("rate_limited", "all", ""),
+    }
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -1212,59 +1220,35 @@ class ThreatStack(Upstream):
 
         Raises UpstreamError.
         """
-        request = urllib.request.Request(self.config.base_url + path, headers=self.headers())
-        try:
-            with self.opener.open(request, timeout=self.config.timeout) as response:
-                body: bytes = response.read(self.MAX_BODY + 1)
-                if response.length:  # read(n) returns what came where the peer closed early
-                    raise http.client.IncompleteRead(body, response.length)
-        except (TimeoutError, OSError, http.client.HTTPException) as error:
-            raise self.failure(error) from None
-        if response.status != 200:
-            raise self.refusal(response.status, response.headers, body)
-        if len(body) > self.MAX_BODY:
-            raise UpstreamError("threatstack_bad_answer", f"Threat Stack: an answer of over {self.MAX_BODY} bytes")
-        try:
-            _, value = read_json(body)
-        except Malformed as error:
-            raise UpstreamError("threatstack_bad_answer", f"Threat Stack: the answer is {error}") from None
-        if id_ and not (isinstance(value, dict) and value.get("id", id_) == id_):
-            raise UpstreamError("threatstack_bad_answer", "Threat Stack: the answer is not this alert's detail")
-        return body
-
-    def headers(self) -> dict[str, str]:
-        """The request's headers."""
         headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Authorization": self.config.api_key}
         if self.config.organization_id:
             headers["Organization"] = self.config.organization_id
-        return headers
-
-    def failure(self, error: Exception) -> UpstreamError:
-        """The error of a call that got no whole answer."""
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        cause = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
-        if isinstance(error, urllib.error.URLError):  # do_open wraps what fails before the request is sent
-            return UpstreamError("threatstack_unreachable", f"Threat Stack cannot be reached: {cause}", "all")
-        if isinstance(error, TimeoutError):
+        request = urllib.request.Request(self.config.base_url + path, headers=headers)
+        try:
+            with self.opener.open(request, timeout=self.config.timeout) as response:
+                body: bytes = response.read(self.MAX_BODY + 1)
+        except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
+            raise self.error("unreachable", f"cannot be reached: {name_of(error.reason)}", "all") from None
+        except TimeoutError:
             seconds = f"{self.config.timeout:g} s ([threatstack] timeout)"
-            return UpstreamError("threatstack_timeout", f"Threat Stack: no whole answer within {seconds}")
-        return UpstreamError("threatstack_broken_off", f"Threat Stack: the answer broke off: {cause}")
-
-    def refusal(self, status: int, headers: Any, body: bytes) -> UpstreamError:
-        """The error of an answer that is not 200."""
-        said = f"Threat Stack answers {status}: {body[:200].decode(errors='replace')}"
-        wait = retry_after(headers)
-        if status == 401:
-            return UpstreamError("threatstack_unauthorized", f"{said} (is [threatstack] api_key right?)", "all", wait)
-        if status == 429:
-            return UpstreamError("threatstack_rate_limited", said, "all", wait)
-        if status == 404:
-            return UpstreamError("threatstack_not_found", said, "alert", wait)
-        if status == 403:
-            return UpstreamError("threatstack_forbidden", said, retry_after=wait)
-        if 300 <= status < 400:
-            return UpstreamError("threatstack_redirect", f"{said} (redirects are not followed)", retry_after=wait)
-        return UpstreamError("threatstack_error" if status >= 500 else "threatstack_refused", said, retry_after=wait)
+            raise self.error("timeout", f"no whole answer within {seconds}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self.error("broken_off", f"the answer broke off: {name_of(error)}") from None
+        if response.status != 200:
+            cause, scope, hint = self.REFUSALS.get(response.status, (str(response.status), "some", ""))
+            said = f"{response.status} {body[:200].decode(errors='replace')}{hint}"
+            raise self.error(cause, said, scope, retry_after(response.headers))
+        if len(body) > self.MAX_BODY:
+            raise self.error("bad_answer", f"an answer of over {self.MAX_BODY} bytes")
+        if response.length:  # read(n) returns what came where the peer closed early
+            raise self.error("broken_off", f"the answer broke off {response.length} bytes before its end")
+        try:
+            _, value = read_json(body)
+        except Malformed as error:
+            raise self.error("bad_answer", f"the answer is {error}") from None
+        if id_ and not (isinstance(value, dict) and value.get("id", id_) == id_):
+            raise self.error("bad_answer", "the answer is not this alert's detail")
+        return body
 
     def check(self) -> str:
         """Make the cheapest authorized call; what it proves, in words. Raises UpstreamError."""
@@ -1283,8 +1267,7 @@ class S3(Upstream):
     https://boto3.amazonaws.com/v1/documentation/api/latest/reference/services/s3/client/put_object.html
     """
 
-    name = "s3"
-    title = "S3"
+    name, title = "s3", "S3"
     # Answers that no other alert will fare better with: credentials, clock, bucket, region.
     FOR_ALL = (
         "AccountProblem AllAccessDisabled AuthorizationHeaderMalformed ExpiredToken IllegalLocationConstraintException "
@@ -1323,7 +1306,7 @@ class S3(Upstream):
                         ),
                     )
                 except botocore.exceptions.BotoCoreError as error:
-                    raise UpstreamError(f"s3_{type(error).__name__}", f"S3: {error}", "all") from None
+                    raise self.error(type(error).__name__, str(error), "all") from None
                 except ValueError as error:
                     raise ConfigError(f"{self.config.file}: [s3] {error}") from None
                 # A round trip saved, and a second where a server ignores it.
@@ -1372,12 +1355,18 @@ class S3(Upstream):
                 **self._extra,
             )
             if not answer.get("ETag"):  # botocore takes any 200 for success, also a proxy's page
-                raise UpstreamError("s3_bad_answer", "S3: a 200 without an ETag is not S3's answer")
+                raise self.error("bad_answer", "a 200 without an ETag is not S3's answer")
         except botocore.exceptions.ClientError as error:
-            status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
+            metadata = error.response.get("ResponseMetadata", {})
+            status = metadata.get("HTTPStatusCode", 0)
             if status == 412 and "IfNoneMatch" in self._extra:
-                return
-            raise self.refusal(status, error) from None
+                return  # it is there already
+            code = str(error.response.get("Error", {}).get("Code") or status)
+            scope = "all" if status in (401, 429) or code in self.FOR_ALL else "some"
+            if status == 409 and "IfNoneMatch" in self._extra:
+                scope = "alert"  # another writer is at the same key
+            headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
+            raise self.error(code, str(error), scope, retry_after(headers)) from None
         except botocore.exceptions.BotoCoreError as error:
             passing = (
                 botocore.exceptions.ReadTimeoutError,
@@ -1386,16 +1375,7 @@ class S3(Upstream):
                 botocore.exceptions.IncompleteReadError,
             )
             scope = "some" if isinstance(error, passing) else "all"
-            raise UpstreamError(f"s3_{type(error).__name__}", f"S3: {error}", scope) from None
-
-    def refusal(self, status: int, error: Any) -> UpstreamError:
-        """The error of an answer that is not 200."""
-        code = str(error.response.get("Error", {}).get("Code") or status)
-        if status == 409 and "IfNoneMatch" in self._extra:
-            return UpstreamError(f"s3_{code}", f"S3: {error}", "alert")  # another writer is at the same key
-        headers = {k.title(): v for k, v in error.response["ResponseMetadata"].get("HTTPHeaders", {}).items()}
-        scope = "all" if status in (401, 429) or code in self.FOR_ALL else "some"
-        return UpstreamError(f"s3_{re.sub('[^A-Za-z0-9]', '_', code)}", f"S3: {error}", scope, retry_after(headers))
+            raise self.error(type(error).__name__, str(error), scope) from None
 
     def check(self) -> str:
         """Write the object that `check` always writes; what it proves, in words. Raises UpstreamError, ConfigError."""
@@ -1448,7 +1428,7 @@ OBJECTS = {
 
 
 class Archiver:
-    """Worker threads, and one that hands them jobs."""
+    """Worker threads, and one that hands them jobs; `fatal` is what ends the daemon, if anything does."""
 
     def __init__(self, config: Config, queue_: Queue) -> None:
         self.config, self.queue = config, queue_
@@ -1457,17 +1437,17 @@ class Archiver:
         self.needs = {step: (self.threatstack, self.s3) if o.path else (self.s3,) for step, o in OBJECTS.items()}
         self.wake = threading.Event()  # there may be something to hand out
         self.stopping = threading.Event()
-        self.fatal: ConfigError | None = None  # known only once boto3 is imported
+        self.fatal: Exception | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self.threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start the threads."""
         if self.config.workers:
-            self._threads = [threading.Thread(target=self._hand_out, name="archiver", daemon=True)]
+            self.threads = [threading.Thread(target=self._hand_out, name="archiver", daemon=True)]
             for i in range(self.config.workers):
-                self._threads.append(threading.Thread(target=self._work, name=f"worker-{i + 1}", daemon=True))
-            for thread in self._threads:
+                self.threads.append(threading.Thread(target=self._work, name=f"worker-{i + 1}", daemon=True))
+            for thread in self.threads:
                 thread.start()
 
     def stop(self, deadline: float) -> None:
@@ -1475,9 +1455,9 @@ class Archiver:
         self.stopping.set()
         self.wake.set()
         self.queue.stir()
-        for _ in self._threads:
+        for _ in self.threads:
             self._jobs.put(None)
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def hopeless(self) -> bool:
@@ -1496,7 +1476,7 @@ class Archiver:
         try:
             self.s3.client()  # imports boto3, while webhooks are taken already
         except ConfigError as error:
-            self.fatal = error
+            self.fatal = error  # known only now, by botocore's model
         except UpstreamError:
             pass  # the first job finds it again, and holds S3
         while not self.stopping.is_set():
@@ -1526,9 +1506,11 @@ class Archiver:
             except ConfigError as error:
                 self.fatal = error
                 self.queue.release(job)
-            except Exception as error:  # a worker that dies would take its share of the archive with it
-                log.error("alert %s: %s", job.id, describe(error))
-                self._put_off(job, UpstreamError("internal", f"internal error: {describe(error)}", "alert"), 0)
+            except QueueError:  # its body cannot be read now: logged when that began
+                self.queue.release(job)
+                self.stopping.wait(1)
+            except Exception as error:  # a bug: a worker that died would take its share of the archive with it
+                self._put_off(job, UpstreamError("internal", "error", f"internal error: {describe(error)}"), 0)
             finally:
                 self.threatstack.leave(job)
                 self.wake.set()
@@ -1541,7 +1523,7 @@ class Archiver:
             while step:
                 job.step = step
                 if self.stopping.is_set() or not self._may_begin(job):
-                    return self.queue.release(job) if step == first else self._settle(self.queue.park, job)
+                    return self.queue.release(job) if step == first else self._settle(self.queue.retry, job)
                 keys.append(self._write_object(job))
                 step = OBJECTS[step].then
         except UpstreamError as error:
@@ -1583,7 +1565,7 @@ class Archiver:
         job.waited += seconds
         if job.waited >= limit:
             log.error("alert %s failed for good after %d tries: %s", job.id, job.tries, error)
-            return self._settle(self.queue.set_aside, job, text)
+            return self._settle(self.queue.retry, job, now, text, True)
         pause = max(min(backoff(job.tries, error.longest), limit - job.waited), error.retry_after)
         job.waited += pause
         log.warning("alert %s: %s; try %d follows in %.1f s", job.id, error, job.tries + 1, pause)
@@ -2078,9 +2060,14 @@ def serve(config: Config) -> int:
     shown = f"[{host}]" if ":" in host else host
     log.info("ts3d %s listens on %s://%s:%d, queue %s, %s", VERSION, scheme, shown, port, config.path, target)
     archiver.start()
-    problem = None
+    problem: Exception | None = None
     while not (problem or signal.sigtimedwait(stop_signals, 1)):
-        problem = archiver.fatal or (queue_.malformed and "the queue is malformed: the next start moves it aside")
+        if queue_.malformed:
+            problem = QueueError("the queue is malformed: the next start moves it aside")
+        elif not all(thread.is_alive() for thread in (acceptor, *archiver.threads)):
+            problem = RuntimeError("a thread has ended")
+        else:
+            problem = archiver.fatal
     deadline = time.monotonic() + STOP_WITHIN
     log.info("stopping")
     archiver.stopping.set()  # answers wait for S3 no longer

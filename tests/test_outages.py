@@ -18,13 +18,13 @@ def limited(handler):
 API_FAULTS = {
     "stopped": "threatstack_unreachable",
     "hang": "threatstack_",  # silent, and after the time-out timeout
-    503: "threatstack_error",
+    503: "threatstack_503",
     429: "threatstack_rate_limited",
     401: "threatstack_unauthorized",
     403: "threatstack_forbidden",
     "garbage": "threatstack_bad_answer",
     "reset": "threatstack_broken_off",
-    302: "threatstack_redirect",
+    302: "threatstack_302",
     limited: "threatstack_rate_limited",
 }
 
@@ -111,7 +111,7 @@ def test_a_poisoned_alert_delays_no_other(new_daemon, s3, api):
     api.modes["alert-000000"] = 500
     api.modes["alert-000001"] = 404
     bad = daemon.post({"alerts": [alert(0), alert(1)]})[1]["alerts"]
-    assert [a["error"]["type"] for a in bad] == ["threatstack_error", "threatstack_not_found"]
+    assert [a["error"]["type"] for a in bad] == ["threatstack_500", "threatstack_not_found"]
     for n in range(2, 42):
         assert daemon.post({"alerts": [alert(n)]})[1]["alerts"][0] == {"id": f"alert-{n:06}", "state": "archived"}
     assert len(s3.objects("alerts/")) == 40

@@ -147,12 +147,12 @@ def test_order_and_steps(queue):
     assert (one.id, two.id, queue.taken()) == ("one", "two", 2)
     assert queue.body(two) == b"two"
     one.step = "alerts"
-    queue.park(one)
+    queue.retry(one)
     assert [job.id for job in queue.take(["webhooks"], 9)] == ["three"]
     assert [job.id for job in queue.take(["alerts"], 9)] == ["one"]
     queue.retry(two, time.monotonic() + 60, "{}")
     assert queue.take(["webhooks", "alerts"], 9) == []
-    queue.set_aside(one, '{"type": "x"}')
+    queue.retry(one, 0, '{"type": "x"}', failed=True)
     queue.done(two)
     assert queue.counts()[:2] == (1, 1)
     assert queue.states([1, 2, 3]) == {1: ("alerts", '{"type": "x"}'), 3: ("webhooks", None)}
