@@ -448,7 +448,8 @@ def read_json(body: bytes) -> tuple[str, Any]:
     except RecursionError:
         raise Malformed("not JSON that is read here: nested too deeply") from None
     except ValueError as error:
-        raise Malformed(f"not JSON: {error}") from None
+        member = re.search(r'"([^"\\]{1,60})"\s*:\s*(?:NaN|-?Infinity)', text)
+        raise Malformed(f"not JSON: {member[1] + ': ' if member else ''}{error}") from None
     return text, value
 
 
@@ -906,10 +907,12 @@ class Queue:
         queued, oldest = rows.get(0, (0, time.time()))
         return queued, rows.get(1, (0,))[0], max(0.0, time.time() - oldest)
 
-    def close(self) -> None:
-        """Write what waits, and close. SQLite empties the write-ahead log when the last connection closes."""
+    def close(self, seconds: float = 30) -> None:
+        """Write what waits, for `seconds` at most, and close: the last to close empties the write-ahead log."""
         self._inbox.put(None)
-        self._writer.join()
+        self._writer.join(seconds)
+        if self._writer.is_alive():  # the disk hangs: all that was acknowledged is on it
+            return
         for db in (self._reader, self._checkpointer, self._db):
             with contextlib.suppress(sqlite3.Error):
                 db.close()
@@ -1020,7 +1023,7 @@ class Upstream:
     def call(self, job: Job, function: Callable[..., T], *args: Any) -> T:
         """Call `function` for this job and learn from it how the upstream is. Raises UpstreamError."""
         if (hold := self.hold) and not job.probe:
-            raise hold.error
+            raise hold.error.with_traceback(None)  # one that is raised again and again would keep every frame
         started = time.monotonic()
         self._calls[job.number] = started
         try:
@@ -1605,18 +1608,18 @@ class Refusal(Exception):
 
 
 class Connection(Wire):
-    """A client's connection: since when (monotonic clock) it has made us wait, and whether it waits for us."""
+    """A client's connection: since when (monotonic clock) we wait for a request, whether that has begun, and whether
+    it is whole, so that the client waits for us."""
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
-        super().__init__(sock, time.monotonic() + timeout)
-        self.since = time.monotonic()
-        self.answering = False
+        super().__init__(sock, 0)
+        self.expect(timeout)
 
     def expect(self, timeout: float) -> None:
-        """Wait for the client from now on, for `timeout` seconds."""
+        """Wait for a request from now on, for `timeout` seconds."""
         self.since = time.monotonic()
         self.deadline = self.since + timeout
-        self.answering = False
+        self.begun = self.answering = False
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1638,8 +1641,9 @@ class Server(http.server.ThreadingHTTPServer):
         where = f"{config.file}: [server] listen = {host}:{port}"
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            self.address_family = found[0][0]
-            super().__init__(found[0][4][:2], Handler, bind_and_activate=False)  # type: ignore[arg-type]
+            first = min(found, key=lambda entry: entry[0] == socket.AF_INET6)  # localhost is 127.0.0.1, as elsewhere
+            self.address_family = first[0]
+            super().__init__(first[4][:2], Handler, bind_and_activate=False)  # type: ignore[arg-type]
             self.server_bind()
         except OSError as error:
             raise ConfigError(f"{where}: {error.strerror or error}") from None
@@ -1714,10 +1718,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         while self.connections and time.monotonic() < deadline:
             with self.lock:
-                # What an idle client sent just now can still be read; one in the middle of a request may go on.
-                idle = [c for c in self.connections if not c.answering]
+                idle = [connection for connection in self.connections if not connection.begun]
             for connection in idle:
-                connection.shutdown(socket.SHUT_RD)
+                connection.shutdown(socket.SHUT_RD)  # what it sent before can still be read
             time.sleep(0.02)
 
 
@@ -1762,16 +1765,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (OSError, ValueError):  # idle for too long, or gone
             return
         started = time.monotonic()
-        self.request.deadline = started + self.server.config.request_timeout
+        self.request.deadline, self.request.begun = started + self.server.config.request_timeout, True
         headers: dict[str, str] = {}
         try:
             self.read_head()
             status, payload = self.route()
-        except Refusal as error:
-            status, payload, headers = error.status, error.as_json(), error.headers
-        except TimeoutError:
-            seconds = f"{self.server.config.request_timeout:g} s"
-            status, payload = 408, Refusal(408, "timeout", f"the request did not arrive within {seconds}").as_json()
+        except (Refusal, TimeoutError) as error:
+            refusal = error if isinstance(error, Refusal) else Refusal(408, "timeout", "the request took too long")
+            status, payload, headers = refusal.status, refusal.as_json(), refusal.headers
         except OSError as error:
             log.debug("connection closed client=%s: %s", client_name(self.client_address), error)
             return
@@ -2027,7 +2028,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
-STOP_WITHIN = 8.0  # seconds from SIGTERM for what is at work; systemd and init scripts kill after 10 at the earliest
+STOP_WITHIN = 7.0  # seconds from SIGTERM for what is at work; systemd and init scripts kill after 10 at the earliest
 
 
 def require_upstreams(config: Config) -> None:
@@ -2074,7 +2075,7 @@ def serve(config: Config) -> int:
     queue_.stir()
     server.stop(deadline)
     archiver.stop(deadline)
-    queue_.close()
+    queue_.close(max(1.0, deadline - time.monotonic()))
     if isinstance(problem, ConfigError):
         raise problem
     if problem:

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import threading
 import time
 
@@ -153,6 +154,47 @@ def test_a_stopped_daemon_waits_for_no_idle_connection(daemon):
     begin = time.monotonic()
     assert daemon.stop() == 0
     assert time.monotonic() - begin < 5
+
+
+def test_a_stopping_daemon_takes_a_request_that_has_begun(daemon, s3):
+    body = b'{"id": "abcd", "created_at": 0}'
+    head = f"POST /api/v1/s3/alert?token={TOKEN} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(daemon.address, 10) as sock:
+        sock.sendall(head.encode())
+        until(lambda: daemon.health())
+        daemon.process.terminate()
+        until(lambda: daemon.logged("stopping"))
+        sock.sendall(body)
+        answer = sock.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"\r\nConnection: close\r\n" in answer
+    assert daemon.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("listen", ["[::1]:0", "localhost:0"])
+def test_other_addresses(new_daemon, listen):
+    daemon = new_daemon(server__listen=listen)
+    daemon.address = (listen.rpartition(":")[0].strip("[]"), daemon.address[1])
+    assert daemon.health()["success"]
+
+
+def test_webhooks_are_taken_while_boto3_is_imported(new_daemon, s3):
+    daemon = new_daemon(start=False)
+    package = daemon.folder / "slow" / "boto3"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import importlib, os, sys, time\n"
+        f"while not os.path.exists({str(daemon.folder / 'go')!r}):\n    time.sleep(0.05)\n"
+        "sys.path.remove(os.path.dirname(os.path.dirname(__file__)))\n"
+        "del sys.modules['boto3']\n"
+        "importlib.import_module('boto3')\n"
+    )
+    daemon.environment["PYTHONPATH"] = package.parent
+    daemon.set(server__wait="0")
+    daemon.start()
+    assert daemon.post(TUTORIAL)[1]["alerts"][0] == {"id": TUTORIAL_ID, "state": "queued"}
+    (daemon.folder / "go").touch()
+    until(lambda: len(s3.objects()) == 2)
 
 
 def test_the_log_has_one_line_a_request_and_one_an_alert(daemon):

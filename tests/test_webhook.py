@@ -91,6 +91,11 @@ def test_a_member_there_twice_is_ambiguous():
         ts3d.read_webhook(b'{"alerts": [], "alerts": [1]}')
 
 
+def test_what_is_no_number_names_its_member():
+    with pytest.raises(ts3d.Malformed, match="created_at: NaN is no JSON number"):
+        ts3d.read_webhook(b'{"alerts": [{"id": "abcd", "created_at": NaN}]}')
+
+
 def test_escaped_names_and_values_are_read():
     (result,) = ts3d.read_webhook(b'{"\\u0069d": "ab\\u0063d", "created\\u005fat": 0}')
     assert (result.id, result.minute) == ("abcd", "1970/01/01/00/00")
