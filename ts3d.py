@@ -43,11 +43,11 @@ import ssl
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
@@ -79,31 +79,24 @@ def matching(pattern: str, meaning: str, convert: Callable[[str], Any] = str) ->
     return parse
 
 
-def between(parse: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
-    """A parser like `parse` that raises ValueError for a value outside of low … high."""
+def number(low: float, high: float, units: dict[str, int], kind: type = int) -> Callable[[str], Any]:
+    """A parser of numbers with an optional unit, within low … high in the smallest one; raises ValueError."""
+    example = f", or one with {' '.join(units)} behind it" if units else ""
 
-    def parse_between(text: str) -> Any:
-        value = parse(text)
+    def parse(text: str) -> Any:
+        digits = text[:-1] if text[-1:] in units else text
+        if not re.fullmatch(r"[0-9]{1,12}" + (r"(\.[0-9]{1,6})?" if kind is float else ""), digits):
+            raise ValueError(f"not a number{example}")
+        value = kind(digits) * units.get(text[-1], 1)
         if not low <= value <= high:
-            raise ValueError(f"not within {low:g} to {high:g}")
+            raise ValueError(f"not within {low:g} to {high:g}{' seconds' if units is TIME else ''}")
         return value
 
-    return parse_between
+    return parse
 
 
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-SHIFTS = {"K": 10, "M": 20, "G": 30, "T": 40}
-duration = matching(
-    r"[0-9]{1,9}(\.[0-9]{1,9})?[smhd]?",
-    "a time: write seconds, or a number with s, m, h or d, such as 30s or 7d",
-    lambda text: float(text.rstrip("smhd")) * SECONDS.get(text[-1], 1),
-)
-size = matching(
-    "[1-9][0-9]{0,11}[KMGT]?",
-    "a size: write bytes, or a number with K, M, G or T, such as 8M",
-    lambda text: int(text.rstrip("KMGT")) << SHIFTS.get(text[-1], 0),
-)
-whole = matching("[0-9]{1,9}", "a whole number", int)
+TIME = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SIZE = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 boolean = matching(
     "(?i:yes|no|true|false|on|off|1|0)", "yes or no", lambda text: text.lower() in ("yes", "true", "on", "1")
 )
@@ -144,10 +137,10 @@ OPTIONS = (
     Option("server", "listen", address, "127.0.0.1:8080", "HOST:PORT or [::1]:PORT to listen on"),
     Option("server", "webhook_token", words, None, "secret that a webhook must present; several, one a line", True),
     Option("server", "metrics_token", word, None, "secret for /metrics", True),
-    Option("server", "wait", between(duration, 0, 30), "2", "seconds an answer waits for S3; 0: not at all"),
-    Option("server", "max_body", between(size, 1, 64 << 20), "8M", "bytes of one webhook"),
-    Option("server", "request_timeout", between(duration, 0.1, 3600), "10", "seconds for a whole request to arrive"),
-    Option("server", "max_connections", between(whole, 1, 65536), "1024", "connections held at once"),
+    Option("server", "wait", number(0, 30, TIME, float), "2", "seconds an answer waits for S3; 0: not at all"),
+    Option("server", "max_body", number(1, 64 << 20, SIZE), "8M", "bytes of one webhook"),
+    Option("server", "request_timeout", number(0.1, 3600, TIME, float), "10", "seconds for a whole request to arrive"),
+    Option("server", "max_connections", number(1, 65536, {}), "1024", "connections held at once"),
     Option("server", "tls_certificate", str, None, "PEM file: serve HTTPS with this certificate chain"),
     Option("server", "tls_key", str, None, "PEM file: the certificate's key"),
     Option("threatstack", "auth", matching("key|hawk", "key or hawk"), "key", "key (API v1) or hawk (API v2)"),
@@ -156,16 +149,16 @@ OPTIONS = (
     Option("threatstack", "user_id", word, None, "Hawk's id", True),
     Option("threatstack", "organization_id", word, None, "Hawk's ext; with auth = key the Organization header"),
     Option("threatstack", "events", boolean, "yes", "with Hawk, archive contributing events too"),
-    Option("threatstack", "timeout", between(duration, 0.1, 3600), "30", "seconds for one call, whole"),
+    Option("threatstack", "timeout", number(0.1, 3600, TIME, float), "30", "seconds for one call, whole"),
     Option("s3", "bucket", bucket_name, None, "the bucket"),
     Option("s3", "prefix", key_prefix, "", "prefix of every key, without a slash at either end"),
     Option("s3", "region", word, None, "AWS region; by default where boto3 finds it"),
     Option("s3", "endpoint_url", url, None, "S3 endpoint; by default where boto3 finds it"),
     Option("queue", "path", str, None, "the SQLite file; by default in $STATE_DIRECTORY, else beside this file"),
-    Option("queue", "max_size", size, "1G", "bytes that queued alerts may take"),
-    Option("archive", "workers", between(whole, 0, 1024), "16", "alerts archived at once; 0 only receives"),
+    Option("queue", "max_size", number(1, 1 << 50, SIZE), "1G", "bytes that queued alerts may take"),
+    Option("archive", "workers", number(0, 1024, {}), "16", "alerts archived at once; 0 only receives"),
     Option(
-        "archive", "give_up_after", between(duration, 0, 10**9), "7d", "time after which a failing alert is set aside"
+        "archive", "give_up_after", number(0, 10**9, TIME, float), "7d", "time after which a failing alert is set aside"
     ),
     Option(
         "log",
@@ -289,9 +282,7 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
             raise ConfigError(f"{path}: unknown section [{section}]" + nearest(section, [*known, PUT_OBJECT]))
         for name in parser[section] if section in known else ():
             if name not in known[section]:
-                elsewhere = next((f" (it belongs to [{o.section}])" for o in OPTIONS if o.name == name), "")
-                hint = elsewhere or nearest(name, known[section])
-                raise ConfigError(f"{path}: [{section}] unknown option {name}{hint}")
+                raise ConfigError(f"{path}: [{section}] unknown option {name}{nearest(name, known[section])}")
     return {section: dict(parser[section]) for section in parser.sections()}
 
 
@@ -322,14 +313,12 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
     files = [beside(config.file, name, credentials=True) for name in (config.tls_certificate, config.tls_key)]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    for option, file in zip(("tls_certificate", "tls_key"), files, strict=True):
-        if not os.access(file, os.R_OK):
-            raise ConfigError(f"{config.file}: [server] {option}: cannot read {file}")
     try:
         context.load_cert_chain(files[0], files[1], password="")  # a key with a password fails, and asks for none
     except (ssl.SSLError, OSError) as error:
-        cause = getattr(error, "reason", None) or error
-        raise ConfigError(f"{config.file}: [server] tls_certificate, tls_key: no matching PEM pair: {cause}") from None
+        cause = getattr(error, "reason", None) or error.strerror
+        where = f"{config.file}: [server] tls_certificate, tls_key: {', '.join(files)}"
+        raise ConfigError(f"{where}: no readable PEM pair: {cause}") from None
     return context
 
 
@@ -371,19 +360,12 @@ def start_log(level: str) -> None:
     log.setLevel(level)
 
 
-def name_of(error: object) -> str:
-    """An exception's class and text; the text alone may be empty or only a number."""
-    return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
-
-
-def describe(error: BaseException) -> str:
-    """An unforeseen exception in one line, with the place in this file that it came from."""
-    lines, trace = [], error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == __file__:
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
-    return f"{name_of(error)} (ts3d.py, lines {' > '.join(map(str, lines))})"
+def describe(error: object) -> str:
+    """An exception in one line: its class, its text, which alone may be empty, and where in this file it passed."""
+    if not isinstance(error, BaseException):
+        return str(error)
+    lines = [str(frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
+    return f"{type(error).__name__}: {error}" + (f" (ts3d.py:{'>'.join(lines)})" if lines else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -571,13 +553,14 @@ class Job:
     seated: bool = False  # has one of Threat Stack's seats
 
 
-@dataclass
 class Write:
-    """A part of the next transaction, what follows its commit, and the promise of its result."""
+    """A part of a transaction: `run` takes part in it, `committed` follows it, `finished` says that both are over."""
 
-    run: Callable[[sqlite3.Connection], Any]
-    committed: Callable[[Any], None]
-    future: Future[Any]
+    def __init__(self, run: Callable[[sqlite3.Connection], Any], committed: Callable[[Any], None]) -> None:
+        self.run, self.committed = run, committed
+        self.result: Any = None
+        self.error: QueueError | None = None
+        self.finished = threading.Event()
 
 
 class Queue:
@@ -718,7 +701,10 @@ class Queue:
         same = db.execute("SELECT number, failed FROM jobs WHERE id = ? AND body = ?", (new.id, new.body)).fetchone()
         if same:
             if same[1]:
-                db.execute("UPDATE jobs SET failed = 0, due = 0, tries = 0, waited = 0 WHERE number = ?", same[:1])
+                db.execute(
+                    "UPDATE jobs SET failed = 0, due = 0, tries = 0, waited = 0, error = NULL WHERE number = ?",
+                    same[:1],
+                )
             return int(same[0])
         row = (new.id, new.minute, new.step, now, new.body)
         sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
@@ -760,11 +746,15 @@ class Queue:
 
     def writable(self) -> bool:
         """Whether the queue takes webhooks: there is room, and a commit of the last second, or one made now, worked."""
-        fresh = self.trouble is None and time.monotonic() - self._written < 1
+
+        def run(db: sqlite3.Connection) -> None:
+            self._make_sure_of_room(db, self._refused)
+            if self.trouble or time.monotonic() - self._written > 1:
+                # An UPDATE of nothing would write nothing: this writes a page as it was.
+                db.execute(f"PRAGMA user_version = {self.VERSION}")
+
         try:
-            self._write(lambda db: self._make_sure_of_room(db, self._refused))
-            if not fresh:  # an UPDATE of nothing would write nothing: this writes a page as it was
-                self._write(lambda db: db.execute(f"PRAGMA user_version = {self.VERSION}"))
+            self._write(run)
         except QueueError:
             return False
         return True
@@ -785,9 +775,12 @@ class Queue:
 
     def _write(self, run: Callable[[sqlite3.Connection], T], committed: Callable[[T], None] = lambda _: None) -> T:
         """Have `run` take part in the next transaction; `committed` follows at once, in the same order."""
-        write = Write(run, committed, Future())
+        write = Write(run, committed)
         self._inbox.put(write)
-        result: T = write.future.result()
+        write.finished.wait()
+        if write.error:
+            raise write.error
+        result: T = write.result
         return result
 
     def _write_all(self) -> None:
@@ -801,32 +794,28 @@ class Queue:
             self._commit([write for write in writes if write])
 
     def _commit(self, writes: list[Write]) -> None:
-        results: list[tuple[Write, Any, Exception | None]] = []
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for write in writes:
                 try:
-                    results.append((write, write.run(self._db), None))
-                except QueueError as error:  # refuses one write, before it changed anything
-                    results.append((write, None, error))
+                    write.result = write.run(self._db)
+                except QueueError as error:  # refuses this one, before it changed anything
+                    write.error = error
             self._db.execute("COMMIT")
+            self._written = time.monotonic()
+            self._note_trouble(None)
         except Exception as error:  # whatever it is, it must reach those who wait, and the next transaction be tried
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
-            results = [(write, None, QueueError(f"the queue cannot be written: {error}")) for write in writes]
             self._note_trouble(error)
-        else:
-            self._note_trouble(None)
-            self._written = time.monotonic()
+            for write in writes:
+                write.error = QueueError(f"the queue cannot be written: {error}")
         with self._lock:
-            for write, result, failure in results:
-                if failure is None:
-                    write.committed(result)
-        for write, result, failure in results:
-            if failure is None:
-                write.future.set_result(result)
-            else:
-                write.future.set_exception(failure)
+            for write in writes:
+                if not write.error:
+                    write.committed(write.result)
+        for write in writes:
+            write.finished.set()
         if file_size(self.path + "-wal") > self._checkpoint_at:
             self._checkpoint()
 
@@ -1231,12 +1220,12 @@ class ThreatStack(Upstream):
             with self.opener.open(request, timeout=self.config.timeout) as response:
                 body: bytes = response.read(self.MAX_BODY + 1)
         except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
-            raise self.error("unreachable", f"cannot be reached: {name_of(error.reason)}", "all") from None
+            raise self.error("unreachable", f"cannot be reached: {describe(error.reason)}", "all") from None
         except TimeoutError:
             seconds = f"{self.config.timeout:g} s ([threatstack] timeout)"
             raise self.error("timeout", f"no whole answer within {seconds}") from None
         except (OSError, http.client.HTTPException) as error:
-            raise self.error("broken_off", f"the answer broke off: {name_of(error)}") from None
+            raise self.error("broken_off", f"the answer broke off: {describe(error.with_traceback(None))}") from None
         if response.status != 200:
             cause, scope, hint = self.REFUSALS.get(response.status, (str(response.status), "some", ""))
             said = f"{response.status} {body[:200].decode(errors='replace')}{hint}"
@@ -1329,7 +1318,7 @@ class S3(Upstream):
                 hint = nearest(name, known) or f" (boto3 {boto3.__version__})"
                 raise ConfigError(f"{self.config.file}: [{PUT_OBJECT}] unknown parameter {name}{hint}")
             kind = known[name].type_name
-            parsers: dict[str, Callable[[str], Any]] = {"boolean": boolean, "integer": whole, "map": json.loads}
+            parsers: dict[str, Callable[[str], Any]] = {"boolean": boolean, "integer": int, "map": json.loads}
             parse = parsers.get(kind.replace("long", "integer"), str)
             try:
                 extra[name] = parse(text)
@@ -1396,24 +1385,14 @@ def without_expect(request: Any, **_: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def by_minute(job: Job) -> str:
-    """The end of the key of what came at a time."""
-    return f"{job.minute}/{job.id}"
-
-
-def by_id(job: Job) -> str:
-    """The end of the key of what the API says of an alert."""
-    return f"{job.id[0:2]}/{job.id[2:4]}/{job.id}"
-
-
 class Object(NamedTuple):
-    """One kind of object: the step that writes it, its key's end, and the API's path that it comes from.
+    """One kind of object: the step that writes it, also its key's beginning, and the rest of its key.
 
-    `path` None: it is what the job carries. `then`: the next step.
+    `path` is the API's that its body comes from, None where that is what the job carries; `then` the next step.
     """
 
     step: str
-    key: Callable[[Job], str]
+    key: str
     path: str | None = None
     then: str | None = None
     content_type: str = "application/json"
@@ -1423,9 +1402,9 @@ class Object(NamedTuple):
 OBJECTS = {
     o.step: o
     for o in (
-        Object("webhooks", by_minute, then="alerts"),
-        Object("alerts", by_id, path="/alerts/{}"),
-        Object("rejected", by_minute, content_type="application/octet-stream"),
+        Object("webhooks", "{job.minute}/{job.id}", then="alerts"),
+        Object("alerts", "{first}/{second}/{job.id}", path="/alerts/{job.id}"),
+        Object("rejected", "{job.minute}/{job.id}", content_type="application/octet-stream"),
     )
 }
 
@@ -1547,11 +1526,11 @@ class Archiver:
         """Get the body of the object that the job's step names, put it into S3, and return its key."""
         object_ = OBJECTS[job.step]
         if object_.path:
-            body = self.threatstack.call(job, self.threatstack.get, object_.path.format(job.id), job.id)
+            body = self.threatstack.call(job, self.threatstack.get, object_.path.format(job=job), job.id)
             self.threatstack.leave(job)
         else:
             body = self.queue.body(job)
-        name = f"{job.step}/{object_.key(job)}"
+        name = f"{job.step}/{object_.key.format(job=job, first=job.id[0:2], second=job.id[2:4])}"
         self.s3.call(job, self.s3.put, name, body, object_.content_type)
         return self.s3.key(name)
 
@@ -1613,12 +1592,12 @@ class Connection(Wire):
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         super().__init__(sock, 0)
+        self.since = time.monotonic()
         self.expect(timeout)
 
     def expect(self, timeout: float) -> None:
         """Wait for a request from now on, for `timeout` seconds."""
-        self.since = time.monotonic()
-        self.deadline = self.since + timeout
+        self.deadline = time.monotonic() + timeout
         self.begun = self.answering = False
 
 
@@ -1700,9 +1679,9 @@ class Server(http.server.ThreadingHTTPServer):
         """Log what ended a connection: http.server would print a traceback."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):  # the client's doing: gone, or no TLS handshake
-            log.debug("connection closed client=%s: %s", client_name(client_address), error)
+            log.debug("connection closed client=%s: %s", client_address, error)
         elif error:
-            log.error("connection closed client=%s: %s", client_name(client_address), describe(error))
+            log.error("connection closed client=%s: %s", client_address, describe(error))
 
     def receive(self, n: int) -> None:
         """Count `n` bytes of a body that arrive (negative: that are done with). Raises Refusal."""
@@ -1724,11 +1703,6 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.02)
 
 
-def client_name(address: Any) -> str:
-    """A client's address for the log."""
-    return str(address[0]) if address else "local"
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: reads requests as RFC 9112 says, strictly, and answers them in JSON.
 
@@ -1743,8 +1717,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Shake hands where TLS is spoken, and make the files."""
-        tls = self.server.config.tls
-        if tls:
+        self.client = self.client_address[0] if self.client_address else "local"
+        if tls := self.server.config.tls:
             sock = tls.wrap_socket(self.request.sock, server_side=True, do_handshake_on_connect=False)
             self.request.sock = sock
             self.request.arm()
@@ -1758,6 +1732,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, self.path, self.request_version = "-", "-", "HTTP/1.1"
         self.unread = True  # there may be more of this request to come
         self.note = ""  # for the log
+        self.held = 0  # bytes of the body that are counted
         try:
             self.request.expect(self.server.config.request_timeout)
             if not self.rfile.peek(1):  # type: ignore[attr-defined]
@@ -1774,18 +1749,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             refusal = error if isinstance(error, Refusal) else Refusal(408, "timeout", "the request took too long")
             status, payload, headers = refusal.status, refusal.as_json(), refusal.headers
         except OSError as error:
-            log.debug("connection closed client=%s: %s", client_name(self.client_address), error)
+            log.debug("connection closed client=%s: %s", self.client, error)
             return
         except Exception as error:  # a bug: this request is answered, and the daemon lives
             log.error("%s", describe(error))
             status, payload = 500, Refusal(500, "internal", "internal error: the log has more").as_json()
+        finally:
+            self.give_back()
         self.answer(status, payload, headers)
         log.info(
             "%s %s %d client=%s seconds=%.3f%s",
             self.command,
             self.path.partition("?")[0][:200],  # the query may hold the token
             status,
-            client_name(self.client_address),
+            self.client,
             time.monotonic() - started,
             self.note,
         )
@@ -1839,7 +1816,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return None
 
     def read_body(self) -> bytes:
-        """The request's body, which the caller gives back with `server.receive`. Raises Refusal."""
+        """The request's body; `give_back` follows when it is dropped. Raises Refusal."""
         limit = self.server.config.max_body
         too_large = Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
         if (self.length or 0) > limit:
@@ -1847,18 +1824,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "100-continue" in (field.lower() for field in self.fields.get("expect", ())) and self.unread:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
-        try:
-            for piece in self.pieces():
-                self.server.receive(len(piece))
-                body += piece
-                if len(body) > limit:
-                    raise too_large
-        except BaseException:
-            self.server.receive(-len(body))
-            raise
+        for piece in self.pieces():
+            self.server.receive(len(piece))
+            self.held += len(piece)
+            body += piece
+            if len(body) > limit:
+                raise too_large
         self.unread = False
         self.request.answering = True
         return bytes(body)
+
+    def give_back(self) -> None:
+        """Count the body no longer."""
+        self.server.receive(-self.held)
+        self.held = 0
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. Raises Refusal."""
@@ -1893,9 +1872,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self) -> tuple[int, dict[str, Any]]:
         """Status and body of the answer to this request. Raises Refusal."""
-        target = re.sub(
-            "^https?://[^/?]*", "", self.path, flags=re.IGNORECASE
-        )  # absolute-form, RFC 9112, section 3.2.2
+        target = re.sub("(?i)^https?://[^/?]*", "", self.path)  # absolute-form (RFC 9112, section 3.2.2)
         routes = {"/api/v1/s3/alert": ("POST", self.webhook), "/healthz": ("GET", self.health)}
         method, function = routes.get(target.partition("?")[0], (None, None))
         if function is None:
@@ -1924,9 +1901,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             numbers = queue_.put(arrivals, watch=True) if arrivals else []
         except QueueError as error:
             raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
-        finally:
-            self.server.receive(-len(body))
         del body, arrivals
+        self.give_back()
         archiver.wake.set()
         if problem:
             raise Refusal(400, "malformed_webhook", problem)
@@ -2000,21 +1976,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)  # type: ignore[attr-defined]
         self.wfile = io.BytesIO()
-        self.request.deadline = time.monotonic() + self.server.config.request_timeout
+        # Idle from here on: the client, which reads this first, must not be overtaken by this thread's next line.
+        self.request.since = time.monotonic()
+        self.request.deadline = self.request.since + self.server.config.request_timeout
         try:
             self.request.sendall(data)
             if self.unread:
-                self.linger()
+                # Take what the client still sends, or a reset would come before it has read its answer (RFC 9112, 9.6).
+                self.request.shutdown(socket.SHUT_WR)
+                self.request.answering = False
+                while self.rfile.read1(65536):
+                    pass
         except OSError as error:
             self.close_connection = True
-            log.debug("connection closed client=%s: %s", client_name(self.client_address), error)
-
-    def linger(self) -> None:
-        """Take what a client still sends, so that it is not reset before it has read its answer (RFC 9112, 9.6)."""
-        self.request.shutdown(socket.SHUT_WR)
-        self.request.answering = False
-        while self.rfile.read1(65536):
-            pass
+            log.debug("connection closed client=%s: %s", self.client, error)
 
     def version_string(self) -> str:
         """The Server header, without Python's version."""
@@ -2105,22 +2080,19 @@ def check(path: str) -> int:
             print(f"FAIL  {name:14}{printable(redact(str(error)))}", flush=True)
             return False
 
-    config: Config
+    config = Config()
 
     def configuration() -> str:
-        nonlocal config
-        config = load_config(path)
+        vars(config).update(vars(load_config(path)))
         require_upstreams(config)
         return path
 
-    if not look("configuration", configuration):
-        return 1
-    probes = (
-        ("queue", lambda: check_queue(config)),
-        ("s3", lambda: S3(config).check()),
-        ("threatstack", lambda: ThreatStack(config).check()),
-    )
-    return 0 if all([look(name, probe) for name, probe in probes]) else 1
+    results = [look("configuration", configuration)]
+    if results[0]:
+        results.append(look("queue", lambda: check_queue(config)))
+        results.append(look("s3", lambda: S3(config).check()))
+        results.append(look("threatstack", lambda: ThreatStack(config).check()))
+    return 0 if all(results) else 1
 
 
 def check_queue(config: Config) -> str:
@@ -2133,7 +2105,6 @@ def check_queue(config: Config) -> str:
     queue_ = Queue(config.path, config.max_size)
     try:
         queued, failed, _ = queue_.counts()
-        queue_.counts()
     finally:
         queue_.close()
     return f"{config.path}: {queued} queued, {failed} failed"
