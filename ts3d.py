@@ -97,6 +97,7 @@ def number(low: float, high: float, units: dict[str, int], kind: type = int) -> 
 
 TIME = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZE = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+whole = matching("[0-9]{1,12}", "a whole number", int)
 boolean = matching(
     "(?i:yes|no|true|false|on|off|1|0)", "yes or no", lambda text: text.lower() in ("yes", "true", "on", "1")
 )
@@ -106,7 +107,7 @@ address = matching(
     lambda text: (urllib.parse.urlsplit(f"//{text}").hostname, urllib.parse.urlsplit(f"//{text}").port),
 )
 url = matching(
-    r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[^\s?#]*)?",
+    r"https?://([A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[!-\"$->@-~]*)?",
     "a URL of the form https://HOST/PATH",
     lambda text: text.rstrip("/"),
 )
@@ -178,7 +179,7 @@ ENVIRONMENT = {  # the tutorial's variables, which override the file
 }
 BASE_URLS = {"key": "https://app.threatstack.com/api/v1", "hawk": "https://api.threatstack.com/v2"}
 HOLD_BACK = 16 << 20  # bytes of disk that webhooks leave free, so that there is room to drain the queue
-SECRETS: set[str] = set()  # what `redact` takes out of whatever is said
+SECRETS: list[str] = []  # the longest first: what `redact` takes out of whatever is said
 
 
 def redact(text: str) -> str:
@@ -243,7 +244,8 @@ def load_config(path: str) -> Config:
             raise ConfigError(f"{where}{shown}: {error}") from None
         setattr(config, option.name, value)
         if option.secret and value:
-            SECRETS.update(value if isinstance(value, list) else [value])
+            SECRETS.extend(value if isinstance(value, list) else [value])
+            SECRETS.sort(key=len, reverse=True)
     config.base_url = config.base_url or BASE_URLS[config.auth]
     state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     config.path = beside(path, config.path or os.path.join(state, "queue.db"))
@@ -282,7 +284,9 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
             raise ConfigError(f"{path}: unknown section [{section}]" + nearest(section, [*known, PUT_OBJECT]))
         for name in parser[section] if section in known else ():
             if name not in known[section]:
-                raise ConfigError(f"{path}: [{section}] unknown option {name}{nearest(name, known[section])}")
+                # What looks like no name may be a line of a secret that is not indented.
+                shown = name if re.fullmatch("[A-Za-z_]{1,30}", name) else "in a line that is not indented, or misspelt"
+                raise ConfigError(f"{path}: [{section}] unknown option {shown}{nearest(name, known[section])}")
     return {section: dict(parser[section]) for section in parser.sections()}
 
 
@@ -407,6 +411,8 @@ def no_constant(name: str) -> None:
 
 
 JSON = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=no_constant)
+JSON_SHAPE = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0, parse_constant=no_constant)
+MAX_ALERTS = 10_000  # in one webhook: each costs memory here, and a place in the answer
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
 RFC_3339 = re.compile(
@@ -417,10 +423,10 @@ YEAR_10000 = 253_402_300_800_000  # milliseconds
 
 
 def read_json(body: bytes) -> tuple[str, Any]:
-    """The text and the value of a JSON text as RFC 8259 has it. Raises Malformed."""
+    """The text and the value of a JSON text as RFC 8259 has it, all numbers 0. Raises Malformed."""
     try:
         text = body.decode()
-        value, end = JSON.raw_decode(text, skip_space(text, 0))
+        value, end = JSON_SHAPE.raw_decode(text, skip_space(text, 0))
         if (end := skip_space(text, end)) != len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except UnicodeDecodeError as error:
@@ -430,7 +436,7 @@ def read_json(body: bytes) -> tuple[str, Any]:
     except RecursionError:
         raise Malformed("not JSON that is read here: nested too deeply") from None
     except ValueError as error:
-        member = re.search(r'"([^"\\]{1,60})"\s*:\s*(?:NaN|-?Infinity)', text)
+        member = re.search(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)', text)
         raise Malformed(f"not JSON: {member[1] + ': ' if member else ''}{error}") from None
     return text, value
 
@@ -466,36 +472,39 @@ def read_webhook(body: bytes) -> list[Arrival | Rejected]:
     if not isinstance(value, dict):
         raise Malformed("neither an object with `alerts` nor an alert")
     if "alerts" not in value:
-        return [read_alert(text, value, "")]
+        return [read_alert(text, "")]
     if not isinstance(value["alerts"], list):
         raise Malformed("alerts: not a list")
+    if len(value["alerts"]) > MAX_ALERTS:
+        raise Malformed(f"alerts: over {MAX_ALERTS}")
     lists = [literal for name, _, literal in parts(text) if name == "alerts"]
     if len(lists) > 1:
         raise Malformed("alerts: there twice")
-    return [read_alert(part, alert, f"alerts[{i}]") for i, (_, alert, part) in enumerate(parts(lists[0]))]
+    return [read_alert(literal, f"alerts[{i}]") for i, (_, _, literal) in enumerate(parts(lists[0]))]
 
 
-def read_alert(text: str, alert: Any, place: str) -> Arrival | Rejected:
-    """One alert, given its text, its value and its place in the webhook for messages."""
-    if not isinstance(alert, dict):
+def read_alert(text: str, place: str) -> Arrival | Rejected:
+    """One alert, given its text and, for messages, its place in the webhook."""
+    text = text.strip(" \t\n\r")
+    if not text.startswith("{"):
         return Rejected(None, f"{place}: not an object")
-    member = f"{place}." if place else ""
-    id_ = alert.get("id")
+    members = [(name, value, literal) for name, value, literal in parts(text) if name in ("id", "created_at")]
+    found = {name: (value, literal) for name, value, literal in members}
+    id_, id_literal = found.get("id", (None, ""))
     shown = id_ if isinstance(id_, str) and not isinstance(id_, Number) else None
-    members = [(name, literal) for name, _, literal in parts(text)]
-    names, literals = [name for name, _ in members], dict(members)
+    place = f"{place}." if place else ""
     for name in ("id", "created_at"):
-        if names.count(name) != 1:
-            return Rejected(shown, f"{member}{name}: {'there twice' if name in alert else 'missing'}")
-    if shown is None:
-        return Rejected(None, f"{member}id: not a string")
-    if not ALERT_ID.fullmatch(shown):
-        return Rejected(shown[:200], f"{member}id: {excerpt(literals['id'])} is not 4 to 128 of A-Z a-z 0-9 _ -")
+        if name not in found:
+            return Rejected(shown, f"{place}{name}: missing")
+        if [member for member, _, _ in members].count(name) > 1:
+            return Rejected(shown, f"{place}{name}: there twice")
+    if shown is None or not ALERT_ID.fullmatch(shown):
+        return Rejected(shown and shown[:200], f"{place}id: {excerpt(id_literal)} is not 4 to 128 of A-Z a-z 0-9 _ -")
+    created_at, literal = found["created_at"]
     try:
-        minute = minute_of(alert["created_at"])
+        return Arrival(shown, minute_of(created_at), "webhooks", text.encode())
     except (ValueError, OverflowError) as error:
-        return Rejected(shown, f"{member}created_at: {excerpt(literals['created_at'])} {error}")
-    return Arrival(shown, minute, "webhooks", text.strip(" \t\n\r").encode())
+        return Rejected(shown, f"{place}created_at: {excerpt(literal)} {error}")
 
 
 def excerpt(literal: str) -> str:
@@ -554,10 +563,10 @@ class Job:
 
 
 class Write:
-    """A part of a transaction: `run` takes part in it, `committed` follows it, `finished` says that both are over."""
+    """A part of a transaction: what it does, its result or error, and whether the transaction is over."""
 
-    def __init__(self, run: Callable[[sqlite3.Connection], Any], committed: Callable[[Any], None]) -> None:
-        self.run, self.committed = run, committed
+    def __init__(self, run: Callable[[sqlite3.Connection], Any]) -> None:
+        self.run = run
         self.result: Any = None
         self.error: QueueError | None = None
         self.finished = threading.Event()
@@ -585,7 +594,7 @@ class Queue:
             error    TEXT, -- the last one: {"type": …, "message": …}
             body     BLOB NOT NULL);
         CREATE INDEX jobs_by_id ON jobs (id);
-        CREATE INDEX jobs_by_due ON jobs (failed, step, due, received);
+        CREATE INDEX jobs_by_due ON jobs (failed, step, due); -- and by number: no sorting
         PRAGMA user_version = 1;"""
     VERSION = 1
     WAL_PAGES = 4 << 20  # bytes of write-ahead log after which it is copied into the file
@@ -598,9 +607,9 @@ class Queue:
         self.path, self.max_size = path, max_size
         self.trouble: str | None = None  # why the last transaction failed
         self.malformed = False  # SQLite says so: the daemon ends, and the next start moves the file aside
-        self._lock = threading.Condition()  # for _reader, _taken and _watched
+        self._lock = threading.Condition()  # for _reader, _taken and _waiting
         self._taken: set[int] = set()
-        self._watched: set[int] = set()  # jobs that answers wait for; notified when one is done
+        self._waiting: dict[int, set[int]] = {}  # what each answer that waits still waits for
         self._written = -1.0  # monotonic time of the last commit
         self._refused = 0  # bytes of the last put, if there was no room for it
         self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
@@ -651,8 +660,8 @@ class Queue:
                 raise
             self._move_aside(" ".join(str(error).split()))
             return self._open(create)
-        self._reader, self._checkpointer = self._connect("rw"), self._connect("rw")
-        for db in (self._db, self._reader, self._checkpointer):
+        self._reader = self._connect("rw")
+        for db in (self._db, self._reader):
             db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
             # SQLite before 3.51.3 can lose a commit that races with a checkpoint ("the WAL-reset bug"), so only
             # _checkpoint does any.
@@ -677,25 +686,29 @@ class Queue:
 
     # Writing ---------------------------------------------------------------------------------------------------------
 
-    def put(self, arrivals: list[Arrival], watch: bool = False) -> list[int]:
+    def put(self, arrivals: list[Arrival]) -> list[int]:
         """Queue these durably, all or none, and return their jobs' numbers.
 
-        The same id with the same bytes is one job; where that one had failed, it is tried anew. With `watch`, `wait`
-        can be called for them. Raises QueueError.
+        The same id with the same bytes is one job; where that one had failed, it is tried anew. Raises QueueError.
         """
         bytes_ = sum(len(arrival.body) for arrival in arrivals)
         now = time.time()
 
         def run(db: sqlite3.Connection) -> list[int]:
-            self._refused = bytes_
-            self._make_sure_of_room(db, bytes_)
+            try:
+                self._make_sure_of_room(db, bytes_)
+            except QueueError as error:
+                if not self._refused:
+                    log.error("%s; webhooks are answered 503", error)
+                # What an empty queue would not take either says nothing of this one.
+                self._refused = bytes_ if bytes_ < self.max_size // 2 else 0
+                raise
+            if self._refused:
+                log.warning("the queue takes webhooks again")
             self._refused = 0
             return [self._put_one(db, arrival, now) for arrival in arrivals]
 
-        def committed(numbers: list[int]) -> None:
-            self._watched.update(numbers if watch else ())
-
-        return self._write(run, committed)
+        return self._write(run)
 
     def _put_one(self, db: sqlite3.Connection, new: Arrival, now: float) -> int:
         same = db.execute("SELECT number, failed FROM jobs WHERE id = ? AND body = ?", (new.id, new.body)).fetchone()
@@ -712,7 +725,13 @@ class Queue:
 
     def done(self, job: Job) -> None:
         """Forget a job: all of it is in S3. Raises QueueError."""
-        self._update(job, "DELETE FROM jobs WHERE number = ?", forget=True)
+        self._write(lambda db: db.execute("DELETE FROM jobs WHERE number = ?", (job.number,)))
+        with self._lock:
+            self._taken.discard(job.number)
+            for numbers in self._waiting.values():
+                numbers.discard(job.number)
+            if self._waiting:
+                self._lock.notify_all()
 
     def retry(self, job: Job, due: float = 0, error: str | None = None, failed: bool = False) -> None:
         """Give back a job with its step, tries and `waited` noted, to be taken again from `due` (monotonic clock) on.
@@ -721,23 +740,26 @@ class Queue:
         Raises QueueError.
         """
         sql = "UPDATE jobs SET step = ?, tries = ?, waited = ?, due = ?, error = ?, failed = ? WHERE number = ?"
-        self._update(job, sql, job.step, job.tries, job.waited, due, error, failed)
+        values = (job.step, job.tries, job.waited, due, error, failed, job.number)
+        self._write(lambda db: db.execute(sql, values))
+        self.release(job)
 
-    def _update(self, job: Job, sql: str, *values: Any, forget: bool = False) -> None:
-        def committed(_: object) -> None:
-            self._taken.discard(job.number)
-            if forget and job.number in self._watched:
-                self._watched.discard(job.number)
-                self._lock.notify_all()
+    def wait(
+        self, numbers: list[int], seconds: float, hopeless: Callable[[], bool]
+    ) -> dict[int, tuple[str, str | None]]:
+        """Wait until these jobs are done, for `seconds` at most, or until it is `hopeless`; what `states` says then.
 
-        self._write(lambda db: db.execute(sql, (*values, job.number)), committed)
-
-    def wait(self, numbers: Iterable[int], seconds: float, hopeless: Callable[[], bool]) -> None:
-        """Wait until these jobs, which `put` watched, are done, for `seconds` at most, or until it is `hopeless`."""
-        numbers = set(numbers)
+        Raises QueueError.
+        """
+        left = set(numbers)
         with self._lock:
-            self._lock.wait_for(lambda: hopeless() or self._watched.isdisjoint(numbers), seconds)
-            self._watched -= numbers
+            self._waiting[id(left)] = left
+            try:
+                left.intersection_update(self.states(numbers))  # some may have been done before this began
+                self._lock.wait_for(lambda: not left or hopeless(), seconds)
+            finally:
+                del self._waiting[id(left)]
+            return self.states(numbers) if left else {}
 
     def stir(self) -> None:
         """Have all that `wait` look whether it is hopeless now."""
@@ -773,9 +795,9 @@ class Queue:
         if disk.f_bavail * disk.f_frsize < HOLD_BACK + bytes_:
             raise QueueError(f"the queue's disk has less than {HOLD_BACK >> 20}M free")
 
-    def _write(self, run: Callable[[sqlite3.Connection], T], committed: Callable[[T], None] = lambda _: None) -> T:
-        """Have `run` take part in the next transaction; `committed` follows at once, in the same order."""
-        write = Write(run, committed)
+    def _write(self, run: Callable[[sqlite3.Connection], T]) -> T:
+        """Have `run` take part in the next transaction, and return its result. Raises QueueError."""
+        write = Write(run)
         self._inbox.put(write)
         write.finished.wait()
         if write.error:
@@ -810,10 +832,6 @@ class Queue:
             self._note_trouble(error)
             for write in writes:
                 write.error = QueueError(f"the queue cannot be written: {error}")
-        with self._lock:
-            for write in writes:
-                if not write.error:
-                    write.committed(write.result)
         for write in writes:
             write.finished.set()
         if file_size(self.path + "-wal") > self._checkpoint_at:
@@ -833,7 +851,8 @@ class Queue:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                row = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                with self._lock:
+                    row = self._reader.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                 self._wal_stuck = row[1] != row[2]  # pages in the log, pages copied
             finally:
                 self._db.execute("ROLLBACK")
@@ -889,12 +908,12 @@ class Queue:
     def counts(self) -> tuple[int, int, float]:
         """Jobs queued, jobs failed, and the age of the oldest queued in seconds. Raises QueueError."""
         with self._lock:
-            rows = {
-                row[0]: row[1:]
-                for row in self._read("SELECT failed, count(*), min(received) FROM jobs GROUP BY failed")
-            }
-        queued, oldest = rows.get(0, (0, time.time()))
-        return queued, rows.get(1, (0,))[0], max(0.0, time.time() - oldest)
+            counts = dict(self._read("SELECT failed, count(*) FROM jobs GROUP BY failed"))
+            oldest = self._read(
+                "SELECT received FROM jobs WHERE number = (SELECT min(number) FROM jobs WHERE failed = 0)"
+            )
+        age = max(0.0, time.time() - oldest[0][0]) if oldest else 0.0
+        return counts.get(0, 0), counts.get(1, 0), age
 
     def close(self, seconds: float = 30) -> None:
         """Write what waits, for `seconds` at most, and close: the last to close empties the write-ahead log."""
@@ -902,7 +921,7 @@ class Queue:
         self._writer.join(seconds)
         if self._writer.is_alive():  # the disk hangs: all that was acknowledged is on it
             return
-        for db in (self._reader, self._checkpointer, self._db):
+        for db in (self._reader, self._db):
             with contextlib.suppress(sqlite3.Error):
                 db.close()
 
@@ -934,12 +953,11 @@ class UpstreamError(Exception):
     """A call that failed: `type` and text, for programs and people, and what follows from it.
 
     `scope`: "all" holds the upstream at once; "some" does when it strikes two different alerts; "alert" says that
-    the upstream works and this alert is the trouble. `retry_after`: seconds. `held` and `longest` are filled in by
-    Upstream.call: whether the upstream is held, and else the longest pause in seconds before the next try.
+    the upstream works and this alert is the trouble. `retry_after`: seconds. `longest` is filled in by Upstream.call:
+    the longest pause in seconds before the alert's next try, None where the upstream is held.
     """
 
-    held = False
-    longest = LONGEST_PAUSE
+    longest: float | None = LONGEST_PAUSE
 
     def __init__(self, upstream: str, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> None:
         super().__init__(printable(redact(text))[:500])
@@ -1054,7 +1072,7 @@ class Upstream:
                 hold.probe_at = now + backoff(hold.tries, PROBE_PAUSE)
                 hold.error = error
             hold.probe_at = max(hold.probe_at, now + error.retry_after)
-            error.held = True
+            error.longest = None
         if began:
             log.warning("%s is held: %s", self.name, error)
             self.on_hold()
@@ -1116,7 +1134,8 @@ class Wire:
     def shutdown(self, how: int) -> None:
         """As socket.shutdown, of a connection that may be gone already."""
         with contextlib.suppress(OSError):
-            self.sock.shutdown(how)
+            # SSLSocket's own would take TLS away under the thread that uses it, and what follows would be plain text.
+            socket.socket.shutdown(self.sock, how)
 
     def close(self) -> None:
         """As socket.close: the files made of it go on."""
@@ -1220,15 +1239,15 @@ class ThreatStack(Upstream):
             with self.opener.open(request, timeout=self.config.timeout) as response:
                 body: bytes = response.read(self.MAX_BODY + 1)
         except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
-            raise self.error("unreachable", f"cannot be reached: {describe(error.reason)}", "all") from None
+            raise self.error("unreachable", f"cannot be reached: {error.reason}", "all") from None
         except TimeoutError:
             seconds = f"{self.config.timeout:g} s ([threatstack] timeout)"
             raise self.error("timeout", f"no whole answer within {seconds}") from None
         except (OSError, http.client.HTTPException) as error:
-            raise self.error("broken_off", f"the answer broke off: {describe(error.with_traceback(None))}") from None
+            raise self.error("broken_off", f"the answer broke off: {error}") from None
         if response.status != 200:
             cause, scope, hint = self.REFUSALS.get(response.status, (str(response.status), "some", ""))
-            said = f"{response.status} {body[:200].decode(errors='replace')}{hint}"
+            said = f"{response.status}{hint} {body[:4000].decode(errors='replace')}"
             raise self.error(cause, said, scope, retry_after(response.headers))
         if len(body) > self.MAX_BODY:
             raise self.error("bad_answer", f"an answer of over {self.MAX_BODY} bytes")
@@ -1260,12 +1279,6 @@ class S3(Upstream):
     """
 
     name, title = "s3", "S3"
-    # Answers that no other alert will fare better with: credentials, clock, bucket, region.
-    FOR_ALL = (
-        "AccountProblem AllAccessDisabled AuthorizationHeaderMalformed ExpiredToken IllegalLocationConstraintException "
-        "InvalidAccessKeyId InvalidToken NoSuchBucket NotSignedUp PermanentRedirect RequestTimeTooSkewed "
-        "SignatureDoesNotMatch TooManyRequests TokenRefreshRequired"
-    ).split()
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -1281,10 +1294,12 @@ class S3(Upstream):
         """
         with self._connecting:  # making a client is not thread-safe, using one is
             if not self._client:
-                import boto3
-                import botocore.config
-                import botocore.exceptions
-
+                try:
+                    import boto3
+                    import botocore.config
+                    import botocore.exceptions
+                except ImportError as error:
+                    raise ConfigError(f"boto3 cannot be imported: {error}") from None
                 try:
                     client = boto3.session.Session().client(
                         "s3",
@@ -1309,22 +1324,28 @@ class S3(Upstream):
 
     def _parameters(self, client: Any) -> dict[str, Any]:
         """[s3:put_object] with the types of botocore's model. Raises ConfigError."""
-        known = client.meta.service_model.operation_model("PutObject").input_shape.members
+        import botocore.validate
+
+        shape = client.meta.service_model.operation_model("PutObject").input_shape
+        parsers: dict[str, Callable[[str], Any]] = {
+            "boolean": boolean,
+            "integer": whole,
+            "long": whole,
+            "map": json.loads,
+        }
         extra: dict[str, Any] = {}
         for name, text in self.config.put_object.items():
-            if name not in known:
-                import boto3
-
-                hint = nearest(name, known) or f" (boto3 {boto3.__version__})"
-                raise ConfigError(f"{self.config.file}: [{PUT_OBJECT}] unknown parameter {name}{hint}")
-            kind = known[name].type_name
-            parsers: dict[str, Callable[[str], Any]] = {"boolean": boolean, "integer": int, "map": json.loads}
-            parse = parsers.get(kind.replace("long", "integer"), str)
+            where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
+            if name not in shape.members:
+                raise ConfigError(f"{where}: unknown to this boto3" + nearest(name, shape.members))
+            kind = shape.members[name].type_name
             try:
-                extra[name] = parse(text)
+                extra[name] = parsers.get(kind, str)(text)
+                report = botocore.validate.ParamValidator().validate({"Bucket": "b", "Key": "k", **extra}, shape)
+                if report.has_errors():
+                    raise ValueError(" ".join(report.generate_report().split()))
             except ValueError as error:
-                where = f"{self.config.file}: [{PUT_OBJECT}] {name} = {text!r}"
-                raise ConfigError(f"{where}: {error} (botocore's type is {kind})") from None
+                raise ConfigError(f"{where} = {text!r}: {error} (its type is {kind})") from None
         return extra
 
     def key(self, name: str) -> str:
@@ -1354,7 +1375,7 @@ class S3(Upstream):
             if status == 412 and "IfNoneMatch" in self._extra:
                 return  # it is there already
             code = str(error.response.get("Error", {}).get("Code") or status)
-            scope = "all" if status in (401, 429) or code in self.FOR_ALL else "some"
+            scope = "all" if status in (401, 429) else "some"
             if status == 409 and "IfNoneMatch" in self._extra:
                 scope = "alert"  # another writer is at the same key
             headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
@@ -1537,7 +1558,7 @@ class Archiver:
     def _put_off(self, job: Job, error: UpstreamError, seconds: float) -> None:
         """A try that failed: later again, at the upstream's fault or at the alert's own, or never."""
         text, now = json.dumps(error.as_json()), time.monotonic()
-        if error.held:
+        if error.longest is None:
             # Due at once when the hold ends, but after all that have not failed: the probe is never the last to fail.
             return self._settle(self.queue.retry, job, now, text)
         limit = self.config.give_up_after
@@ -1570,7 +1591,7 @@ class Archiver:
 ALL_BODIES = 64 << 20  # bytes of all bodies that are being received
 HEAD_BYTES, HEAD_LINES = 64 << 10, 100
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 
@@ -1748,6 +1769,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (Refusal, TimeoutError) as error:
             refusal = error if isinstance(error, Refusal) else Refusal(408, "timeout", "the request took too long")
             status, payload, headers = refusal.status, refusal.as_json(), refusal.headers
+            self.note += f" error={refusal}"
         except OSError as error:
             log.debug("connection closed client=%s: %s", self.client, error)
             return
@@ -1784,7 +1806,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             field = HEADER_LINE.fullmatch(line)
             if not field:  # also a folded line, or a blank before the colon (RFC 9112, sections 5.1 and 5.2)
                 raise Refusal(400, "malformed_request", "a header line is malformed")
-            self.fields.setdefault(field[1].decode().lower(), []).append(field[2].decode("latin-1"))
+            self.fields.setdefault(field[1].decode().lower(), []).append(field[2].strip(b" \t").decode("latin-1"))
         http_1_1 = match[3] != b"0"
         if len(self.fields.get("host", ())) != 1 and (http_1_1 or "host" in self.fields):
             raise Refusal(400, "malformed_request", "there must be one Host header (RFC 9112, section 3.2)")
@@ -1891,6 +1913,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             alerts, problem = read_webhook(body), None
         except Malformed as error:
             alerts, problem = [], str(error)
+        except RecursionError:  # at one exact depth the whole is read, and its parts are not
+            alerts, problem = [], "nested too deeply"
         arrivals = [alert for alert in alerts if isinstance(alert, Arrival)]
         self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(alerts) - len(arrivals)}"
         if problem or len(arrivals) < len(alerts):
@@ -1898,7 +1922,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
             arrivals.append(Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body))
         try:
-            numbers = queue_.put(arrivals, watch=True) if arrivals else []
+            numbers = queue_.put(arrivals) if arrivals else []
         except QueueError as error:
             raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
         del body, arrivals
@@ -1906,9 +1930,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         archiver.wake.set()
         if problem:
             raise Refusal(400, "malformed_webhook", problem)
-        if numbers:
-            queue_.wait(numbers, self.server.config.wait, archiver.hopeless)
-        return self.verdict(alerts, numbers)
+        try:
+            queued = queue_.wait(numbers, self.server.config.wait, archiver.hopeless)
+        except QueueError:  # they are on disk: that is what this answer has to say
+            queued = {number: ("webhooks", None) for number in numbers}
+        return self.verdict(alerts, numbers, queued)
 
     def authorize(self) -> None:
         """Raises Refusal unless the request presents a webhook token, or none is set."""
@@ -1927,12 +1953,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = "present the webhook token: Authorization: Bearer TOKEN, or ?token=TOKEN"
             raise Refusal(401, "unauthorized", message, {"WWW-Authenticate": 'Bearer realm="ts3d"'})
 
-    def verdict(self, alerts: list[Arrival | Rejected], numbers: list[int]) -> tuple[int, dict[str, Any]]:
+    def verdict(
+        self, alerts: list[Arrival | Rejected], numbers: list[int], queued: dict[int, tuple[str, str | None]]
+    ) -> tuple[int, dict[str, Any]]:
         """The answer: each alert's state, in the webhook's order."""
-        try:
-            queued = self.server.queue.states(numbers)
-        except QueueError:
-            queued = {number: ("webhooks", None) for number in numbers}
         left, states, rejections = iter(numbers), [], []
         for alert in alerts:
             state: dict[str, Any] = {"id": alert.id, "state": "archived"}
@@ -2024,7 +2048,8 @@ def serve(config: Config) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     threading.excepthook = lambda args: log.error("thread ended: %s", describe(args.exc_value or SystemExit()))
     os.umask(0o077)  # the queue holds what customers' alerts say
-    raise_file_limit(config)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is a file
     queue_ = Queue(config.path, config.max_size, create=True)
     archiver = Archiver(config, queue_)
     server = Server(config, queue_, archiver)
@@ -2060,15 +2085,6 @@ def serve(config: Config) -> int:
     return 0
 
 
-def raise_file_limit(config: Config) -> None:
-    """Allow as many open files as connections, workers and the rest may take."""
-    wanted = 2 * config.max_connections + 4 * config.workers + 64
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def check(path: str) -> int:
     """Look at configuration, queue, S3 and Threat Stack: a line each, `ok` or what is wrong."""
 
@@ -2076,8 +2092,9 @@ def check(path: str) -> int:
         try:
             print(f"ok    {name:14}{printable(redact(probe()))}", flush=True)
             return True
-        except (ConfigError, UpstreamError, QueueError) as error:
-            print(f"FAIL  {name:14}{printable(redact(str(error)))}", flush=True)
+        except Exception as error:  # one look that goes wrong must not keep the others from being taken
+            expected = isinstance(error, (ConfigError, UpstreamError, QueueError))
+            print(f"FAIL  {name:14}{printable(redact(str(error) if expected else describe(error)))}", flush=True)
             return False
 
     config = Config()

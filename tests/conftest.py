@@ -97,8 +97,10 @@ class Rclone:
         return bodies
 
     def clear(self):
-        shutil.rmtree(self.folder / BUCKET)
-        (self.folder / BUCKET).mkdir()
+        """Empty the bucket, against a last write that may still be under way."""
+        top = self.folder / BUCKET
+        until(lambda: shutil.rmtree(top, ignore_errors=True) or not top.exists(), what="empty bucket")
+        top.mkdir()
 
 
 class Daemon:

@@ -54,8 +54,12 @@ def wrong(daemon):
         ({"s3__prefix": "/a/"}, ["[s3] prefix = '/a/'", "slash"]),
         ({"s3__endpoint_url": "localhost"}, ["[s3] endpoint_url = 'localhost'"]),
         ({"put_object__Bucket": "x"}, ["[s3:put_object] Bucket", "itself"]),
-        ({"put_object__StorageClas": "x"}, ["[s3:put_object]", "StorageClas ", "did you mean StorageClass?"]),
+        ({"put_object__StorageClas": "x"}, ["[s3:put_object]", "StorageClas", "did you mean StorageClass?"]),
         ({"put_object__BucketKeyEnabled": "maybe"}, ["[s3:put_object] BucketKeyEnabled = 'maybe'", "boolean"]),
+        ({"put_object__Metadata": "[1]"}, ["[s3:put_object] Metadata = '[1]'", "map"]),
+        ({"put_object__Expires": "soon"}, ["[s3:put_object] Expires = 'soon'", "timestamp"]),
+        ({"threatstack__base_url": "http://a..b/x"}, ["[threatstack] base_url = 'http://a..b/x'"]),
+        ({"threatstack__base_url": "http://127.0.0.1/\u00e9"}, ["[threatstack] base_url"]),
         ({"queue__path": "/nowhere/queue.db"}, ["/nowhere/queue.db", "[queue] path"]),
         ({"queue__max_size": "0"}, ["[queue] max_size = '0'"]),
         ({"archive__workers": "many"}, ["[archive] workers = 'many'"]),
@@ -91,6 +95,31 @@ def test_what_is_no_ini_file(new_daemon, text, says):
     line = wrong(daemon)
     for part in (str(daemon.config), *says):
         assert part in line
+
+
+def test_a_second_token_that_is_not_indented_is_not_shown(new_daemon):
+    daemon = new_daemon(start=False)
+    daemon.config.write_text("[server]\nwebhook_token = one\nc2VjcmV0c2VjcmV0=\n")
+    assert "c2V" not in wrong(daemon)
+
+
+def test_secrets_that_contain_each_other_are_redacted_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(ts3d, "SECRETS", [])
+    (tmp_path / "ts3d.conf").write_text("[server]\nwebhook_token = abc\n  abcdef\n  abcd\n")
+    ts3d.load_config(str(tmp_path / "ts3d.conf"))
+    assert ts3d.redact("x abcdef abc abcd x") == "x *** *** *** x"
+
+
+def test_a_broken_boto3(new_daemon):
+    daemon = new_daemon(start=False)
+    package = daemon.folder / "broken" / "boto3"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('no luck')")
+    daemon.environment["PYTHONPATH"] = package.parent
+    assert "no luck" in wrong(daemon)
+    result = daemon.run("check")
+    assert result.returncode == 1
+    assert [line.split()[:2] for line in result.stdout.splitlines()][2:] == [["FAIL", "s3"], ["ok", "threatstack"]]
 
 
 def test_a_missing_file(new_daemon):

@@ -45,7 +45,7 @@ def test_the_curl_lines_were_found():
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "ini"])
 def test_configurations(tmp_path, monkeypatch, block):
     monkeypatch.setattr(ts3d, "load_tls", lambda config: None)
-    monkeypatch.setattr(ts3d, "SECRETS", set())
+    monkeypatch.setattr(ts3d, "SECRETS", [])
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "webhook_token").write_text("x")
     (tmp_path / "ts3d.conf").write_text(block)

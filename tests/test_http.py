@@ -193,6 +193,12 @@ def test_large_heads(daemon):
     assert error_of(talk(daemon, message(path="/" + "x" * 70_000), shut=True))[0] == 431
 
 
+def test_blanks_without_end_cost_nothing(daemon):
+    """A pattern that tries every way to split them would hold up the whole daemon for hours."""
+    for value in (b" " * 60_000 + b"\x01", b"x" + b"\t " * 30_000 + b"\x01"):
+        assert error_of(talk(daemon, message([b"X:" + value]), shut=True))[0] == 400
+
+
 def test_an_early_error_is_read_by_a_client_that_still_sends(daemon):
     """The answer must not be lost in a reset: the client sends 8 MB before it reads."""
     data = message([b"Content-Length: 80000000"], b"x" * 8_000_000)

@@ -275,6 +275,9 @@ def test_the_key_in_an_upstreams_answer_is_not_passed_on(new_daemon, api):
     api.mode = lambda handler: handler.send(403, f"bad key {threatstack.KEY}".encode())
     answer = json.dumps(daemon.post({"alerts": [alert(0)]})[1])
     assert "bad key ***" in answer
+    api.mode = lambda handler: handler.send(403, b"x" * 480 + threatstack.KEY.encode())
+    answer += json.dumps(daemon.post({"alerts": [alert(1)]})[1])
+    assert threatstack.KEY[:8] not in answer
     assert threatstack.KEY not in answer
     assert TOKEN not in answer
 

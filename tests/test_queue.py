@@ -126,6 +126,13 @@ def test_another_process_puts_jobs(new_daemon, s3):
     until(lambda: daemon.health()["queued"] == 0)
 
 
+def test_a_webhook_that_no_queue_could_take_says_nothing_of_others(new_daemon):
+    daemon = new_daemon(queue__max_size="1M")
+    assert daemon.post({"alerts": [alert(0, text="x" * 2_000_000)]})[0] == 503
+    assert daemon.request("GET", "/healthz")[0] == 200
+    assert daemon.post({"alerts": [alert(0)]})[0] == 200
+
+
 def test_only_the_daemon_makes_a_queue(tmp_path):
     with pytest.raises(ts3d.ConfigError, match="no queue yet"):
         ts3d.Queue(str(tmp_path / "queue.db"), 1 << 30)
@@ -164,6 +171,32 @@ def test_one_that_failed_goes_behind_those_that_did_not(queue):
     (bad,) = queue.take(["webhooks"], 1)
     queue.retry(bad, time.monotonic(), "{}")
     assert [job.id for job in queue.take(["webhooks"], 2)] == ["good", "bad"]
+
+
+def test_every_answer_that_waits_for_a_job_is_woken(queue):
+    (number,) = queue.put(arrivals("one"))
+    (job,) = queue.take(["webhooks"], 1)
+    states = []
+    waiters = [
+        threading.Thread(target=lambda s=seconds: states.append(queue.wait([number], s, lambda: False)))
+        for seconds in (0.1, 60, 60)
+    ]
+    for thread in waiters:
+        thread.start()
+    waiters[0].join()
+    assert states == [{number: ("webhooks", None)}]
+    queue.done(job)
+    for thread in waiters:
+        thread.join(10)
+    assert states[1:] == [{}, {}]
+    assert queue.wait([number], 60, lambda: False) == {}
+
+
+def test_take_sorts_nothing(queue):
+    sql = "SELECT number FROM jobs WHERE failed = 0 AND step = 'x' AND due <= 1 ORDER BY due, number LIMIT 9"
+    plan = str(queue._reader.execute("EXPLAIN QUERY PLAN " + sql).fetchall())
+    assert "jobs_by_due" in plan
+    assert "TEMP" not in plan
 
 
 def test_numbers_are_not_used_again(queue):
