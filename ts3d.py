@@ -113,6 +113,7 @@ url = matching(
 )
 word = matching("[!-~]+", "one word of visible ASCII characters")
 words = matching(r"\s*[!-~]+(\s*\n\s*[!-~]+)*\s*", "words of visible ASCII characters, one a line", str.split)
+level = matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
 key_prefix = matching(
     r"([^/\x00-\x1f\x7f]+(/[^/\x00-\x1f\x7f]+)*)?",
     "a key prefix: no slash at either end, no empty part, no control character",
@@ -158,16 +159,8 @@ OPTIONS = (
     Option("queue", "path", str, None, "the SQLite file; by default in $STATE_DIRECTORY, else beside this file"),
     Option("queue", "max_size", number(1, 1 << 50, SIZE), "1G", "bytes that queued alerts may take"),
     Option("archive", "workers", number(0, 1024, {}), "16", "alerts archived at once; 0 only receives"),
-    Option(
-        "archive", "give_up_after", number(0, 10**9, TIME, float), "7d", "time after which a failing alert is set aside"
-    ),
-    Option(
-        "log",
-        "level",
-        matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"),
-        "INFO",
-        "least level that is logged",
-    ),
+    Option("archive", "give_up_after", number(0, 10**9, TIME, float), "7d", "time that an alert may fail"),
+    Option("log", "level", level, "INFO", "least level that is logged"),
 )
 PUT_OBJECT = "s3:put_object"  # this section's options are put_object's own parameters, not ts3d's
 OWN_PARAMETERS = ("Bucket", "Key", "Body", "ContentType", "ChecksumSHA256")
@@ -1766,16 +1759,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.read_head()
             status, payload = self.route()
-        except (Refusal, TimeoutError) as error:
-            refusal = error if isinstance(error, Refusal) else Refusal(408, "timeout", "the request took too long")
+        except Exception as error:  # a bug too is answered, and the daemon lives
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                log.debug("connection closed client=%s: %s", self.client, error)
+                return
+            refusal = self.refusal(error)
             status, payload, headers = refusal.status, refusal.as_json(), refusal.headers
             self.note += f" error={refusal}"
-        except OSError as error:
-            log.debug("connection closed client=%s: %s", self.client, error)
-            return
-        except Exception as error:  # a bug: this request is answered, and the daemon lives
-            log.error("%s", describe(error))
-            status, payload = 500, Refusal(500, "internal", "internal error: the log has more").as_json()
         finally:
             self.give_back()
         self.answer(status, payload, headers)
@@ -1788,6 +1778,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.monotonic() - started,
             self.note,
         )
+
+    @staticmethod
+    def refusal(error: Exception) -> Refusal:
+        """What to answer for an exception."""
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, TimeoutError):
+            return Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
+        return Refusal(500, "internal", f"internal error: {describe(error)}")
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal."""
@@ -1846,12 +1845,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "100-continue" in (field.lower() for field in self.fields.get("expect", ())) and self.unread:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
-        for piece in self.pieces():
-            self.server.receive(len(piece))
-            self.held += len(piece)
-            body += piece
-            if len(body) > limit:
+        for n in self.chunks():
+            if len(body) + n > limit:
                 raise too_large
+            self.server.receive(n)
+            self.held += n
+            body += self.rfile.read(n)
+            if len(body) < self.held:
+                raise ConnectionResetError("closed in the middle of a body")
         self.unread = False
         self.request.answering = True
         return bytes(body)
@@ -1861,34 +1862,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.receive(-self.held)
         self.held = 0
 
-    def pieces(self) -> Iterator[bytes]:
-        """The body as it comes. Raises Refusal."""
+    def chunks(self) -> Iterator[int]:
+        """The lengths of the body's chunks, one after the other: the caller reads each. Raises Refusal."""
         if self.length is not None:
-            yield from self.read_exactly(self.length)
+            yield self.length
             return
-        while True:
-            match = CHUNK_LINE.fullmatch(self.read_line(4096))
-            if not match:
-                raise Refusal(400, "malformed_request", "a chunk's size is malformed")
-            if not int(match[1], 16):
+        while match := CHUNK_LINE.fullmatch(self.read_line(4096)):
+            n = int(match[1], 16)
+            if not n:
                 break
-            yield from self.read_exactly(int(match[1], 16))
+            yield n
             if self.rfile.read(2) != b"\r\n":
                 raise Refusal(400, "malformed_request", "a chunk is longer than its size")
+        else:
+            raise Refusal(400, "malformed_request", "a chunk's size is malformed")
         left = HEAD_BYTES
         while trailer := self.read_line(left):
             left -= len(trailer)
             if not HEADER_LINE.fullmatch(trailer):
                 raise Refusal(400, "malformed_request", "a trailer is malformed")
-
-    def read_exactly(self, n: int) -> Iterator[bytes]:
-        """`n` bytes in pieces. Raises ConnectionResetError where fewer come."""
-        while n:
-            piece = self.rfile.read(min(n, 65536))
-            if not piece:
-                raise ConnectionResetError("closed in the middle of a body")
-            n -= len(piece)
-            yield piece
 
     # Answering -------------------------------------------------------------------------------------------------------
 

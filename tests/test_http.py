@@ -258,14 +258,14 @@ def test_beyond_the_bound_the_longest_idle_connection_goes_first(new_daemon):
 
 
 def test_bodies_being_received_are_bounded(new_daemon):
-    daemon = new_daemon(server__max_body="40M", server__request_timeout="60")
+    daemon = new_daemon(server__max_body="30M", server__request_timeout="60")
     socks = [socket.create_connection(daemon.address, 30) for _ in range(2)]
     for sock in socks:
-        sock.sendall(message([b"Content-Length: 40000000"]) + b" " * 30_000_000)
+        sock.sendall(message([b"Content-Length: 30000000"]) + b" " * 20_000_000)
     with socket.create_connection(daemon.address, 30) as sock:
         until(lambda: daemon.health(), what="answer")
         try:
-            sock.sendall(message([b"Content-Length: 40000000"]) + b" " * 30_000_000)
+            sock.sendall(message([b"Content-Length: 30000000"]) + b" " * 20_000_000)
             sock.shutdown(socket.SHUT_WR)
         except OSError:
             pass
