@@ -228,6 +228,17 @@ def test_https(new_daemon, tmp_path):
     connection.close()
 
 
+def test_a_handshake_that_never_ends_is_ended(new_daemon, tmp_path):
+    import socket
+
+    pem = tmp_path / "both.pem"
+    trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
+    daemon = new_daemon(server__tls_certificate=pem, server__tls_key=pem, server__request_timeout="1")
+    with socket.create_connection(daemon.address, 15) as sock:
+        sock.sendall(b"\x16\x03\x01")
+        assert sock.recv(100) == b""
+
+
 def test_a_key_that_does_not_fit_its_certificate(new_daemon, tmp_path):
     for name in ("a", "b"):
         trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / name)

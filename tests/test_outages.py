@@ -8,6 +8,8 @@ import pytest
 import threatstack
 from conftest import TOKEN, alert, until
 
+import ts3d
+
 QUICK = {"server__wait": "1", "threatstack__timeout": "1"}
 
 
@@ -171,15 +173,17 @@ def test_retry_after_is_obeyed(new_daemon, s3, api):
 
 def test_steps_done_are_remembered(new_daemon, s3, api):
     daemon = new_daemon(server__wait="0")
-    api.mode = 503
+    api.mode = 401
     daemon.post({"alerts": [alert(n) for n in range(3)]})
     until(lambda: len(s3.objects("webhooks/")) == 3)
-    until(lambda: len(api.calls) > 3)
+    until(lambda: daemon.logged("threatstack is held"))
+    daemon.post({"alerts": [alert(n) for n in range(3, 6)]})  # these do not even come to be tried
+    until(lambda: len(s3.objects("webhooks/")) == 6)
     daemon.stop()
     s3.clear()
     api.mode = None
     daemon.start()
-    until(lambda: len(s3.objects("alerts/")) == 3)
+    until(lambda: len(s3.objects("alerts/")) == 6)
     until(lambda: daemon.health()["queued"] == 0)
     assert s3.objects("webhooks/") == {}
 
@@ -197,6 +201,80 @@ def test_an_alert_that_keeps_failing_is_set_aside_and_tried_anew_when_sent_again
     api.modes.clear()
     assert daemon.post({"alerts": [alert(0)]})[1]["alerts"] == [{"id": "alert-000000", "state": "archived"}]
     assert daemon.health()["failed"] == 0
+
+
+@pytest.fixture
+def archiver(tmp_path, monkeypatch):
+    monkeypatch.setattr(ts3d, "SECRETS", [])
+    (tmp_path / "ts3d.conf").write_text("")
+    queue = ts3d.Queue(str(tmp_path / "queue.db"), 1 << 30, create=True)
+    yield ts3d.Archiver(ts3d.load_config(str(tmp_path / "ts3d.conf")), queue)
+    queue.close()
+
+
+@pytest.mark.parametrize(
+    ("cause", "seconds", "failed"),
+    [("not_found", 3500, 0), ("not_found", 3601, 1), ("500", 3601, 0), ("500", 7 * 86400 + 1, 1)],
+)
+def test_how_long_an_alert_may_fail(archiver, cause, seconds, failed):
+    archiver.queue.put([ts3d.Arrival("abcd", "2017/01/17/13/51", "webhooks", b"{}")])
+    (job,) = archiver.queue.take(["webhooks"], 1)
+    archiver._put_off(job, archiver.threatstack.error(cause, "because"), seconds)
+    assert archiver.queue.counts()[:2] == (1 - failed, failed)
+
+
+def failing(upstream, job, scope="some", **more):
+    def fail():
+        raise upstream.error("x", "because", scope, **more)
+
+    with pytest.raises(ts3d.UpstreamError) as caught:
+        upstream.call(job, fail)
+    return caught.value
+
+
+def test_what_holds_an_upstream(archiver):
+    one, two = (ts3d.Job(n, "abcd", "", "alerts", 0, 0, 0) for n in (1, 2))
+    upstream = archiver.threatstack
+    assert failing(upstream, one).longest == ts3d.PROBE_PAUSE  # nothing says that it is the alert's own fault
+    assert failing(upstream, one).longest == ts3d.PROBE_PAUSE
+    upstream.call(two, int)
+    assert failing(upstream, one).longest == ts3d.LONGEST_PAUSE  # now something does
+    assert failing(upstream, one, "alert").longest == ts3d.LONGEST_PAUSE
+    assert not upstream.hold
+    failing(upstream, one)
+    assert failing(upstream, two).longest is None  # two different alerts
+    assert upstream.hold
+    called = []
+    with pytest.raises(ts3d.UpstreamError):
+        upstream.call(one, called.append, 1)
+    assert not called
+    upstream.admit([one])
+    upstream.call(one, called.append, 1)  # the probe
+    assert not upstream.hold
+    assert failing(upstream, one, "all", retry_after=9000).longest is None
+    assert upstream.free(9) == 0
+    assert 3500 < upstream.hold.probe_at - time.monotonic() <= 3600
+
+
+def test_a_call_from_before_a_hold_does_not_lift_it(archiver):
+    one, two = (ts3d.Job(n, "abcd", "", "alerts", 0, 0, 0) for n in (1, 2))
+    upstream = archiver.threatstack
+    upstream.call(one, lambda: failing(upstream, two, "all"))
+    assert upstream.hold
+
+
+def test_a_failure_from_before_a_success_holds_nothing(archiver):
+    one, two, three = (ts3d.Job(n, "abcd", "", "alerts", 0, 0, 0) for n in (1, 2, 3))
+    upstream = archiver.threatstack
+
+    def fail_late():
+        upstream.call(two, int)
+        failing(upstream, three)
+        raise upstream.error("timeout", "because")
+
+    with pytest.raises(ts3d.UpstreamError):
+        upstream.call(one, fail_late)
+    assert not upstream.hold
 
 
 def test_an_outage_makes_no_alert_fail(new_daemon, s3, api):

@@ -170,7 +170,7 @@ def test_one_that_failed_goes_behind_those_that_did_not(queue):
     queue.put(arrivals("bad", "good"))
     (bad,) = queue.take(["webhooks"], 1)
     queue.retry(bad, time.monotonic(), "{}")
-    assert [job.id for job in queue.take(["webhooks"], 2)] == ["good", "bad"]
+    assert [job.id for _ in range(2) for job in queue.take(["webhooks"], 1)] == ["good", "bad"]
 
 
 def test_every_answer_that_waits_for_a_job_is_woken(queue):
@@ -209,6 +209,9 @@ def test_numbers_are_not_used_again(queue):
 def test_a_checkpoint_keeps_the_log_small(queue, tmp_path):
     for n in range(60):
         queue.put([ts3d.Arrival(f"id-{n}", "2017/01/17/13/51", "webhooks", b"x" * 500_000)])
+    assert (tmp_path / "queue.db-wal").stat().st_size < 8 << 20
+    queue.put([ts3d.Arrival("big", "2017/01/17/13/51", "webhooks", b"x" * 30_000_000)])
+    queue.put(arrivals("small"))
     assert (tmp_path / "queue.db-wal").stat().st_size < 8 << 20
 
 
