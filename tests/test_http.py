@@ -2,11 +2,15 @@
 
 import json
 import socket
+import ssl
 import threading
 import time
 
 import pytest
+import trustme
 from conftest import TOKEN, alert, until
+
+import ts3d
 
 PATH = "/api/v1/s3/alert"
 
@@ -306,6 +310,25 @@ def test_a_secret_is_in_no_log_line_whatever_the_request_is(new_daemon):
         assert TOKEN.encode() not in talk(daemon, data, shut=True)
     daemon.stop()
     assert "\x1b" not in daemon.log()
+
+
+def test_a_connection_that_is_shut_down_stays_encrypted(tmp_path):
+    """ssl.SSLSocket.shutdown takes TLS away: its thread would go on in plain text."""
+    authority = trustme.CA()
+    contexts = [ssl.create_default_context(purpose) for purpose in (ssl.Purpose.CLIENT_AUTH, ssl.Purpose.SERVER_AUTH)]
+    authority.issue_cert("localhost").configure_cert(contexts[0])
+    authority.configure_trust(contexts[1])
+    ours, theirs = socket.socketpair()
+    served = []
+    thread = threading.Thread(target=lambda: served.append(contexts[0].wrap_socket(ours, server_side=True)))
+    thread.start()
+    with contexts[1].wrap_socket(theirs, server_hostname="localhost") as client:
+        thread.join()
+        wire = ts3d.Wire(served[0], time.monotonic() + 10)
+        wire.shutdown(socket.SHUT_RD)
+        wire.sendall(b"x")
+        assert client.recv(1) == b"x"
+        served[0].close()
 
 
 def test_concurrent_clients(new_daemon, s3):
