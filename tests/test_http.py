@@ -319,6 +319,8 @@ def test_a_connection_that_is_shut_down_stays_encrypted(tmp_path):
     authority.issue_cert("localhost").configure_cert(contexts[0])
     authority.configure_trust(contexts[1])
     ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    theirs.settimeout(10)
     served = []
     thread = threading.Thread(target=lambda: served.append(contexts[0].wrap_socket(ours, server_side=True)))
     thread.start()
