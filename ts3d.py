@@ -269,9 +269,9 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
     except configparser.ParsingError as error:  # its own text quotes the line, which may hold a secret
         line = error.errors[0][0] if getattr(error, "errors", None) else getattr(error, "lineno", 1)
         raise ConfigError(f"{path}: line {line}: not `option = value` in a [section]") from None
-    known = {section: [o.name for o in OPTIONS if o.section == section] for section in {o.section for o in OPTIONS}}
+    known: dict[str, list[str]] = {}
     for option in OPTIONS:
-        known[option.section] += [f"{option.name}_file"] if option.secret else []
+        known.setdefault(option.section, []).extend([option.name, f"{option.name}_file"][: 1 + option.secret])
     for section in parser.sections():
         if section not in known and section != PUT_OBJECT:
             raise ConfigError(f"{path}: unknown section [{section}]" + nearest(section, [*known, PUT_OBJECT]))
@@ -603,7 +603,6 @@ class Queue:
         self._lock = threading.Condition()  # for _reader, _taken and _waiting
         self._taken: set[int] = set()
         self._waiting: dict[int, set[int]] = {}  # what each answer that waits still waits for
-        self._written = -1.0  # monotonic time of the last commit
         self._refused = 0  # bytes of the last put, if there was no room for it
         self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
         self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
@@ -666,7 +665,7 @@ class Queue:
         return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
 
     def _move_aside(self, problem: str) -> None:
-        suffix = f".malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+        suffix = f".malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
         for part in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self.path + part, self.path + suffix + part)
@@ -746,13 +745,14 @@ class Queue:
         """
         left = set(numbers)
         with self._lock:
-            self._waiting[id(left)] = left
-            try:
-                left.intersection_update(self.states(numbers))  # some may have been done before this began
+            states = self.states(numbers)
+            left.intersection_update(states)  # some were done before this began
+            if left and seconds and not hopeless():
+                self._waiting[id(left)] = left
                 self._lock.wait_for(lambda: not left or hopeless(), seconds)
-            finally:
                 del self._waiting[id(left)]
-            return self.states(numbers) if left else {}
+                states = self.states(left)
+        return states
 
     def stir(self) -> None:
         """Have all that `wait` look whether it is hopeless now."""
@@ -760,13 +760,12 @@ class Queue:
             self._lock.notify_all()
 
     def writable(self) -> bool:
-        """Whether the queue takes webhooks: there is room, and a commit of the last second, or one made now, worked."""
+        """Whether the queue takes webhooks: there is room, and a commit works."""
 
         def run(db: sqlite3.Connection) -> None:
             self._make_sure_of_room(db, self._refused)
-            if self.trouble or time.monotonic() - self._written > 1:
-                # An UPDATE of nothing would write nothing: this writes a page as it was.
-                db.execute(f"PRAGMA user_version = {self.VERSION}")
+            # An UPDATE of nothing would write nothing: this writes a page as it was.
+            db.execute(f"PRAGMA user_version = {self.VERSION}")
 
         try:
             self._write(run)
@@ -817,7 +816,6 @@ class Queue:
                 except QueueError as error:  # refuses this one, before it changed anything
                     write.error = error
             self._db.execute("COMMIT")
-            self._written = time.monotonic()
             self._note_trouble(None)
         except Exception as error:  # whatever it is, it must reach those who wait, and the next transaction be tried
             with contextlib.suppress(sqlite3.Error):
