@@ -30,6 +30,7 @@ import io
 import ipaddress
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -109,11 +110,11 @@ address = matching(
 url = matching(
     r"https?://([A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[!-\"$->@-~]*)?",
     "a URL of the form https://HOST/PATH",
-    lambda text: text.rstrip("/"),
+    lambda text: (text.rstrip("/"), urllib.parse.urlsplit(text).port)[0],  # .port raises ValueError over 65535
 )
 word = matching("[!-~]+", "one word of visible ASCII characters")
 words = matching(r"\s*[!-~]+(\s*\n\s*[!-~]+)*\s*", "words of visible ASCII characters, one a line", str.split)
-level = matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
+level = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR", str.upper)
 key_prefix = matching(
     r"([^/\x00-\x1f\x7f]+(/[^/\x00-\x1f\x7f]+)*)?",
     "a key prefix: no slash at either end, no empty part, no control character",
@@ -163,7 +164,7 @@ OPTIONS = (
     Option("log", "level", level, "INFO", "least level that is logged"),
 )
 PUT_OBJECT = "s3:put_object"  # this section's options are put_object's own parameters, not ts3d's
-OWN_PARAMETERS = ("Bucket", "Key", "Body", "ContentType", "ChecksumSHA256")
+OWN_PARAMETERS = re.compile("Bucket|Key|Body|Content(Type|Length|MD5)|Checksum.*")  # what ts3d sets itself
 ENVIRONMENT = {  # the tutorial's variables, which override the file
     "THREATSTACK_BASE_URL": "base_url",
     "THREATSTACK_API_KEY": "api_key",
@@ -244,7 +245,7 @@ def load_config(path: str) -> Config:
     config.path = beside(path, config.path or os.path.join(state, "queue.db"))
     config.tls = load_tls(config)
     for name in config.put_object:
-        if name in OWN_PARAMETERS:
+        if OWN_PARAMETERS.fullmatch(name):
             raise ConfigError(f"{path}: [{PUT_OBJECT}] {name}: ts3d sets this itself")
     return config
 
@@ -466,6 +467,8 @@ def read_webhook(body: bytes) -> list[Arrival | Rejected]:
         raise Malformed("neither an object with `alerts` nor an alert")
     if "alerts" not in value:
         return [read_alert(text, "")]
+    if "id" in value and "created_at" in value:
+        raise Malformed("alerts: beside id and created_at: one alert, or many?")
     if not isinstance(value["alerts"], list):
         raise Malformed("alerts: not a list")
     if len(value["alerts"]) > MAX_ALERTS:
@@ -566,7 +569,7 @@ class Write:
 
 
 class Queue:
-    """Jobs on disk: put, wait, take, release, body, retry, done, states, counts, writable, close.
+    """Jobs on disk: put, wait, take, release, body, retry, done, states, counts, prove_writable, close.
 
     One thread writes: what waits to be written at one moment is one transaction and one fsync. A job that was taken
     is remembered in memory only, so that after a crash it is due again at once. `due` is a time of the monotonic
@@ -759,19 +762,15 @@ class Queue:
         with self._lock:
             self._lock.notify_all()
 
-    def writable(self) -> bool:
-        """Whether the queue takes webhooks: there is room, and a commit works."""
+    def prove_writable(self) -> None:
+        """Commit something. Raises QueueError where a webhook would not be taken either."""
 
         def run(db: sqlite3.Connection) -> None:
             self._make_sure_of_room(db, self._refused)
             # An UPDATE of nothing would write nothing: this writes a page as it was.
             db.execute(f"PRAGMA user_version = {self.VERSION}")
 
-        try:
-            self._write(run)
-        except QueueError:
-            return False
-        return True
+        self._write(run)
 
     def _make_sure_of_room(self, db: sqlite3.Connection, bytes_: int) -> None:
         """Raises QueueError unless `bytes_` more leave the queue within max_size and the disk its reserve."""
@@ -934,7 +933,7 @@ def file_size(path: str) -> int:
 # Upstreams: Threat Stack and S3, and what it means when one of them fails
 # ---------------------------------------------------------------------------------------------------------------------
 
-PROBE_PAUSE = 10.0  # seconds at most between probes of an upstream that is held
+PROBE_PAUSE = 8.0  # seconds at most between probes of an upstream that is held
 LONGEST_PAUSE = 15 * 60.0  # seconds at most between tries of an alert that itself fails
 LONGEST_RETRY_AFTER = 3600.0  # seconds for which an upstream's Retry-After is believed
 NOT_FOUND_FOR = 3600.0  # seconds for which the API may lag behind the webhook
@@ -1098,20 +1097,20 @@ def retry_after(headers: Any) -> float:
 
 
 class Wire:
-    """A socket whose reads and writes end at one moment, `deadline` (monotonic clock).
+    """A socket whose reads and writes end at one moment, `deadline` (monotonic clock), or after seconds of `silence`.
 
     A socket's own time-out is for each call, and a peer that sends a byte now and then never reaches it.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self.sock, self.deadline = sock, deadline
+    def __init__(self, sock: socket.socket, deadline: float, silence: float = math.inf) -> None:
+        self.sock, self.deadline, self.silence = sock, deadline, silence
 
     def arm(self) -> None:
         """Give the socket the time that is left. Raises TimeoutError where there is none."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
-        self.sock.settimeout(left)
+        self.sock.settimeout(min(left, self.silence))
 
     def sendall(self, data: Any) -> None:
         """As socket.sendall, within the deadline."""
@@ -1160,37 +1159,43 @@ class WireReader(io.RawIOBase):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def within_deadline(kind: Any) -> Any:
-    """http.client's connection class `kind` with one deadline for a whole call, its `timeout` (seconds)."""
-
-    class Connection(kind):  # type: ignore[misc]
-        sock: Any
-
-        def connect(self) -> None:
-            deadline = time.monotonic() + self.timeout
-            super().connect()
-            self.sock = Wire(self.sock, deadline)
-
-    return Connection
-
-
 class ApiHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's handler of http and https, with that deadline; certificates are verified against the system's."""
+    """urllib's handler of http and https with one deadline, in `seconds`, for each call.
 
-    plain, secure = within_deadline(http.client.HTTPConnection), within_deadline(http.client.HTTPSConnection)
+    The request's own timeout is how long connecting, or the peer, may be silent. Certificates are verified against
+    the system's.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
 
     @functools.cached_property
     def tls(self) -> ssl.SSLContext:
         """Made once, and only where it is needed: reading the certificates takes longer than a call."""
         return ssl.create_default_context()
 
+    def connection(self, kind: Any) -> Any:
+        """http.client's class `kind`, with that deadline."""
+        seconds = self.seconds
+
+        class Connection(kind):  # type: ignore[misc]
+            sock: Any
+
+            def connect(self) -> None:
+                deadline = time.monotonic() + seconds
+                super().connect()
+                self.sock = Wire(self.sock, deadline, self.timeout)
+
+        return Connection
+
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for http:."""
-        return self.do_open(self.plain, request)
+        return self.do_open(self.connection(http.client.HTTPConnection), request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for https:."""
-        return self.do_open(self.secure, request, context=self.tls)
+        return self.do_open(self.connection(http.client.HTTPSConnection), request, context=self.tls)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -1215,7 +1220,9 @@ class ThreatStack(Upstream):
         # An opener with this handler alone: no redirect is followed (the key would leave with it), no proxy of the
         # environment obeyed, no file: opened, and an error status is an answer like any other.
         self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(ApiHandler())
+        self.opener.add_handler(ApiHandler(config.timeout))
+        # A call that hangs must not keep its alert for the whole of a long time-out once Threat Stack is back.
+        self.silence = min(config.timeout, max(10.0, config.timeout / 3))
 
     def get(self, path: str, id_: str | None = None) -> bytes:
         """GET the API's `path`: the answer's bytes, checked to be JSON and to speak of alert `id_`.
@@ -1227,13 +1234,13 @@ class ThreatStack(Upstream):
             headers["Organization"] = self.config.organization_id
         request = urllib.request.Request(self.config.base_url + path, headers=headers)
         try:
-            with self.opener.open(request, timeout=self.config.timeout) as response:
+            with self.opener.open(request, timeout=self.silence) as response:
                 body: bytes = response.read(self.MAX_BODY + 1)
         except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
             raise self.error("unreachable", f"cannot be reached: {error.reason}", "all") from None
         except TimeoutError:
-            seconds = f"{self.config.timeout:g} s ([threatstack] timeout)"
-            raise self.error("timeout", f"no whole answer within {seconds}") from None
+            limits = f"{self.config.timeout:g} s ([threatstack] timeout), or silent for {self.silence:g} s"
+            raise self.error("timeout", f"no whole answer within {limits}") from None
         except (OSError, http.client.HTTPException) as error:
             raise self.error("broken_off", f"the answer broke off: {error}") from None
         if response.status != 200:
@@ -1250,6 +1257,8 @@ class ThreatStack(Upstream):
             raise self.error("bad_answer", f"the answer is {error}") from None
         if id_ and not (isinstance(value, dict) and value.get("id", id_) == id_):
             raise self.error("bad_answer", "the answer is not this alert's detail")
+        if id_ and "id" not in value and (not value or "errors" in value or value.get("status") == "error"):
+            raise self.error("bad_answer", "the answer is an error with status 200")
         return body
 
     def check(self) -> str:
@@ -1328,7 +1337,8 @@ class S3(Upstream):
         for name, text in self.config.put_object.items():
             where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
             if name not in shape.members:
-                raise ConfigError(f"{where}: unknown to this boto3" + nearest(name, shape.members))
+                allowed = [member for member in shape.members if not OWN_PARAMETERS.fullmatch(member)]
+                raise ConfigError(f"{where}: unknown to this boto3{nearest(name, allowed)}")
             kind = shape.members[name].type_name
             try:
                 extra[name] = parsers.get(kind, str)(text)
@@ -1589,13 +1599,15 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 class Refusal(Exception):
     """A request that is answered with an error."""
 
-    def __init__(self, status: int, type_: str, message: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, type_: str, message: str, headers: dict[str, str] | None = None, **more: Any
+    ) -> None:
         super().__init__(message)
-        self.status, self.type, self.headers = status, type_, headers or {}
+        self.status, self.type, self.headers, self.more = status, type_, headers or {}, more
 
     def as_json(self) -> dict[str, Any]:
         """The answer's body."""
-        return {"success": False, "error": {"type": self.type, "message": str(self)}}
+        return {"success": False, "error": {"type": self.type, "message": str(self)}, **self.more}
 
 
 class Connection(Wire):
@@ -1613,6 +1625,21 @@ class Connection(Wire):
         self.begun = self.answering = False
 
 
+def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Family and address of [server] listen. Raises ConfigError where there is none, or where it wants a token."""
+    host, port = config.listen
+    where = f"{config.file}: [server] listen = {host}:{port}"
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror or error}") from None
+    first = min(found, key=lambda entry: entry[0] == socket.AF_INET6)  # localhost is 127.0.0.1, as elsewhere
+    ip = str(first[4][0])
+    if not config.webhook_token and not ipaddress.ip_address(ip.partition("%")[0]).is_loopback:
+        raise ConfigError(f"{where}: without a [server] webhook_token only a loopback address may be listened on")
+    return first[0], (ip, port)
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Listens, and runs a Handler in a thread of its own for each connection."""
 
@@ -1628,19 +1655,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections: set[Connection] = set()
         self.receiving = 0  # bytes of bodies that are being received
         self.lock = threading.Lock()  # for these two
-        host, port = config.listen
-        where = f"{config.file}: [server] listen = {host}:{port}"
+        self.address_family, address = listen_address(config)
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            first = min(found, key=lambda entry: entry[0] == socket.AF_INET6)  # localhost is 127.0.0.1, as elsewhere
-            self.address_family = first[0]
-            super().__init__(first[4][:2], Handler, bind_and_activate=False)  # type: ignore[arg-type]
+            super().__init__(address, Handler, bind_and_activate=False)
             self.server_bind()
         except OSError as error:
+            where = "{}: [server] listen = {}:{}".format(config.file, *config.listen)
             raise ConfigError(f"{where}: {error.strerror or error}") from None
-        # An ssl.SSLSocket that listens would shake hands in the accept loop: Handler.setup does it instead.
-        if not config.webhook_token and not ipaddress.ip_address(str(self.server_address[0])).is_loopback:
-            raise ConfigError(f"{where}: without a [server] webhook_token only a loopback address may be listened on")
         self.socket.setblocking(False)  # a client that left before `accept` must not block it
         self.server_activate()
 
@@ -1709,7 +1730,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         while self.connections and time.monotonic() < deadline:
             with self.lock:
-                idle = [connection for connection in self.connections if not connection.begun]
+                # One that is new, or was answered just now, may be sending: cutting it off would reset it.
+                before = time.monotonic() - 0.3
+                idle = [c for c in self.connections if not c.begun and c.since < before]
             for connection in idle:
                 connection.shutdown(socket.SHUT_RD)  # what it sent before can still be read
             time.sleep(0.02)
@@ -1759,7 +1782,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status, payload = self.route()
         except Exception as error:  # a bug too is answered, and the daemon lives
             if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                log.debug("connection closed client=%s: %s", self.client, error)
+                path = self.path.partition("?")[0][:200]
+                log.info("%s %s - client=%s error=%s", self.command, path, self.client, error)
                 return
             refusal = self.refusal(error)
             status, payload, headers = refusal.status, refusal.as_json(), refusal.headers
@@ -1788,8 +1812,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal."""
-        lines, left = [], HEAD_BYTES
-        while line := self.read_line(left):
+        lines: list[bytes] = []
+        left = HEAD_BYTES
+        # One empty line before a request is passed over (RFC 9112, section 2.2).
+        while line := self.read_line(left) or (not lines and self.read_line(left)):
             lines.append(line)
             left -= len(line)
             if len(lines) > HEAD_LINES:
@@ -1946,7 +1972,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def verdict(
         self, alerts: list[Arrival | Rejected], numbers: list[int], queued: dict[int, tuple[str, str | None]]
     ) -> tuple[int, dict[str, Any]]:
-        """The answer: each alert's state, in the webhook's order."""
+        """The answer: each alert's state, in the webhook's order. Raises Refusal where all are rejected."""
         left, states, rejections = iter(numbers), [], []
         for alert in alerts:
             state: dict[str, Any] = {"id": alert.id, "state": "archived"}
@@ -1961,21 +1987,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             states.append(state)
         if rejections and len(rejections) == len(alerts):
             more = f" (and {len(rejections) - 1} more)" if len(rejections) > 1 else ""
-            return 400, {**Refusal(400, "invalid_alert", rejections[0] + more).as_json(), "alerts": states}
+            raise Refusal(400, "invalid_alert", rejections[0] + more, alerts=states)
         return 200, {"success": True, "alerts": states}
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """Whether webhooks can be taken, and what is queued."""
+        """Whether webhooks can be taken, and what is queued. Raises Refusal."""
+        counts: dict[str, Any] = {}
         try:
             queued, failed, oldest = self.server.queue.counts()
-            writable = self.server.queue.writable()
-        except QueueError:
-            writable = False
-        if not writable:
-            raise Refusal(
-                503, "queue_unavailable", "the queue takes no writes: the log says why", {"Retry-After": "10"}
-            )
-        return 200, {"success": True, "queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
+            counts = {"queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
+            self.server.queue.prove_writable()
+        except QueueError as error:
+            raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}, **counts) from None
+        return 200, {"success": True, **counts}
 
     def answer(self, status: int, payload: dict[str, Any], headers: dict[str, str]) -> None:
         """Send the answer; where the client may still be sending, let it read before the connection closes."""
@@ -2092,6 +2116,7 @@ def check(path: str) -> int:
     def configuration() -> str:
         vars(config).update(vars(load_config(path)))
         require_upstreams(config)
+        listen_address(config)
         return path
 
     results = [look("configuration", configuration)]

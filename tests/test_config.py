@@ -54,6 +54,9 @@ def wrong(daemon):
         ({"s3__prefix": "/a/"}, ["[s3] prefix = '/a/'", "slash"]),
         ({"s3__endpoint_url": "localhost"}, ["[s3] endpoint_url = 'localhost'"]),
         ({"put_object__Bucket": "x"}, ["[s3:put_object] Bucket", "itself"]),
+        ({"put_object__ContentMD5": "x"}, ["[s3:put_object] ContentMD5", "itself"]),
+        ({"put_object__ChecksumAlgorithm": "CRC32"}, ["[s3:put_object] ChecksumAlgorithm", "itself"]),
+        ({"threatstack__base_url": "http://127.0.0.1:99999/"}, ["[threatstack] base_url = 'http://127.0.0.1:99999/'"]),
         ({"put_object__StorageClas": "x"}, ["[s3:put_object]", "StorageClas", "did you mean StorageClass?"]),
         ({"put_object__BucketKeyEnabled": "maybe"}, ["[s3:put_object] BucketKeyEnabled = 'maybe'", "boolean"]),
         ({"put_object__Metadata": "[1]"}, ["[s3:put_object] Metadata = '[1]'", "map"]),
@@ -318,6 +321,7 @@ def test_check(new_daemon, s3, api):
         ({"queue__path": "/nowhere/queue.db"}, "queue", "/nowhere"),
         ({"server__wait": "x"}, "configuration", "[server] wait"),
         ({"s3__bucket": None}, "configuration", "[s3] bucket"),
+        ({"server__listen": "0.0.0.0:0", "server__webhook_token": None}, "configuration", "webhook_token"),
         ({"put_object__ACl": "x"}, "s3", "did you mean ACL?"),
     ],
 )

@@ -122,9 +122,10 @@ def test_healthz(daemon):
         message([LENGTH], EMPTY, version="HTTP/1.0", host=b""),
         message([LENGTH, CLOSE], EMPTY, path="http://example.com" + PATH),
         message([LENGTH, b"connection: x, CLOSE"], EMPTY),
+        b"\r\n" + message([LENGTH, CLOSE], EMPTY),
         message([LENGTH], EMPTY) * 3 + message([LENGTH, CLOSE], EMPTY),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_messages_that_are_good(daemon, data):
     answer = talk(daemon, data)
@@ -293,10 +294,12 @@ def test_many_slow_connections_keep_nobody_waiting(new_daemon):
 
 
 def test_clients_that_vanish(daemon):
-    for n in range(20):
+    whole = message([LENGTH], EMPTY)
+    for n in range(0, len(whole), 20):
         with socket.create_connection(daemon.address, 10) as sock:
-            sock.sendall(message([LENGTH], EMPTY)[: 20 * n])
+            sock.sendall(whole[:n])
     assert daemon.post(EMPTY)[0] == 200
+    until(lambda: daemon.logged("POST /api/v1/s3/alert - client=127.0.0.1 error=closed in the middle of a body"))
 
 
 def test_a_secret_is_in_no_log_line_whatever_the_request_is(new_daemon):

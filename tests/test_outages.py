@@ -294,6 +294,22 @@ def test_somebody_elses_detail_is_not_archived(daemon, s3, api):
     assert s3.objects("alerts/") == {}
 
 
+@pytest.mark.parametrize("body", [b"{}", b'{"status": "error", "message": "x"}', b'{"errors": ["x"]}', b"[]", b"null"])
+def test_an_error_with_status_200_is_not_archived(daemon, s3, api, body):
+    api.mode = lambda handler: handler.send(200, body)
+    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]["type"] == "threatstack_bad_answer"
+    assert s3.objects("alerts/") == {}
+
+
+def test_a_call_that_hangs_for_good_does_not_keep_its_alert_for_the_whole_timeout(new_daemon, s3, api):
+    daemon = new_daemon(server__wait="1")  # and the default time-out of 30 s
+    api.mode = "hang"
+    daemon.post({"alerts": [alert(0)]})
+    until(lambda: api.calls)
+    api.mode = None  # it is back, and the old connection stays silent
+    until(lambda: len(s3.objects("alerts/")) == 1, 20)
+
+
 def test_a_redirect_is_not_followed(daemon, s3, api):
     elsewhere = threatstack.Faulty()
     api.mode = lambda handler: handler.send(302, b"", [("Location", f"{elsewhere.url}/api/v1/alerts/alert-000000")])

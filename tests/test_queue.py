@@ -70,8 +70,9 @@ def test_a_full_queue_is_503_and_drains(new_daemon, s3, api):
     assert (status, answer["error"]["type"]) == (503, "queue_unavailable")
     assert "max_size" in answer["error"]["message"]
     assert 20 < n < 60
-    status, _, headers = daemon.request("GET", "/healthz")
+    status, answer, headers = daemon.request("GET", "/healthz")
     assert (status, int(headers["Retry-After"]) > 0) == (503, True)
+    assert (answer["success"], answer["queued"], answer["failed"]) == (False, n, 0)
     s3.start()
     until(lambda: len(s3.objects("alerts/")) == n)
     until(lambda: daemon.request("GET", "/healthz")[0] == 200)

@@ -118,6 +118,7 @@ def test_escaped_names_and_values_are_read():
         b"null",
         b'"alerts"',
         b'{"alerts": {}}',
+        b'{"id": "abcd", "created_at": 0, "alerts": []}',
         b'{"alerts": null}',
         b'{"alerts": []} x',
         b'{"alerts": [],}',
