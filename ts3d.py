@@ -1725,7 +1725,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self, deadline: float) -> None:
         """Listen no longer, and wait until `deadline` (monotonic clock) for the requests that are being answered."""
-        self.stopping = True
         self.shutdown()
         self.server_close()
         while self.connections and time.monotonic() < deadline:
@@ -2084,9 +2083,10 @@ def serve(config: Config) -> int:
         else:
             problem = archiver.fatal
     deadline = time.monotonic() + STOP_WITHIN
-    log.info("stopping")
+    server.stopping = True  # answers close their connections
     archiver.stopping.set()  # answers wait for S3 no longer
     queue_.stir()
+    log.info("stopping")
     server.stop(deadline)
     archiver.stop(deadline)
     queue_.close(max(1.0, deadline - time.monotonic()))
