@@ -1168,16 +1168,17 @@ class ApiHandler(urllib.request.AbstractHTTPHandler):
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.seconds = seconds
+        self.plain = self.connection(http.client.HTTPConnection, seconds)
+        self.secure = self.connection(http.client.HTTPSConnection, seconds)
 
     @functools.cached_property
     def tls(self) -> ssl.SSLContext:
         """Made once, and only where it is needed: reading the certificates takes longer than a call."""
         return ssl.create_default_context()
 
-    def connection(self, kind: Any) -> Any:
+    @staticmethod
+    def connection(kind: Any, seconds: float) -> Any:
         """http.client's class `kind`, with that deadline."""
-        seconds = self.seconds
 
         class Connection(kind):  # type: ignore[misc]
             sock: Any
@@ -1191,11 +1192,11 @@ class ApiHandler(urllib.request.AbstractHTTPHandler):
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for http:."""
-        return self.do_open(self.connection(http.client.HTTPConnection), request)
+        return self.do_open(self.plain, request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for https:."""
-        return self.do_open(self.connection(http.client.HTTPSConnection), request, context=self.tls)
+        return self.do_open(self.secure, request, context=self.tls)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -1807,7 +1808,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return error
         if isinstance(error, TimeoutError):
             return Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
-        return Refusal(500, "internal", f"internal error: {describe(error)}")
+        log.error("internal error: %s", describe(error))
+        return Refusal(500, "internal", "internal error: the log has more")
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal."""
