@@ -50,7 +50,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -326,20 +326,18 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
 
 
 class LineFormatter(logging.Formatter):
-    """One line a record: no secret, no control character that would forge a line or drive a terminal."""
+    """One line a record: no secret, no traceback, no control character that would forge a line or drive a terminal."""
 
     # journald takes the time itself, and the level as sd-daemon(3)'s prefix
-    PRIORITIES = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "<3>", "CRITICAL": "<2>"}
-
-    def __init__(self, journal: bool) -> None:
-        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s")
-        self.journal = journal
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+    journal = False
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's line."""
-        record.exc_info = record.exc_text = record.stack_info = None  # a traceback is no line
-        line = printable(redact(super().format(record)))
-        return self.PRIORITIES.get(record.levelname, "") + line if self.journal else line
+        text = printable(redact(record.getMessage()))
+        if self.journal:
+            return f"<{self.PRIORITIES.get(record.levelname, 6)}>{text}"
+        return f"{self.formatTime(record)} {record.levelname} {text}"
 
 
 def printable(text: str) -> str:
@@ -349,19 +347,17 @@ def printable(text: str) -> str:
 
 def start_log(level: str) -> None:
     """Log to standard error; it is the journal where $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
-    stat = os.fstat(2)
-    handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter(os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"))
+    stat, formatter, handler = os.fstat(2), LineFormatter(), logging.StreamHandler()
+    formatter.journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+    handler.setFormatter(formatter)
     logging.raiseExceptions = False  # a log that cannot be written must not end what is logged
     # Other libraries speak from WARNING on: botocore's DEBUG shows signatures and bodies.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(level)
 
 
-def describe(error: object) -> str:
+def describe(error: BaseException) -> str:
     """An exception in one line: its class, its text, which alone may be empty, and where in this file it passed."""
-    if not isinstance(error, BaseException):
-        return str(error)
     lines = [str(frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
     return f"{type(error).__name__}: {error}" + (f" (ts3d.py:{'>'.join(lines)})" if lines else "")
 
@@ -393,36 +389,28 @@ class Rejected:
     message: str
 
 
-class Number(str):
-    """A JSON number as it stands: never converted, so that 100,000 digits cost nothing and lose nothing."""
-
-    __slots__ = ()
-
-
 def no_constant(name: str) -> None:
     """Refuse what Python takes for a number and RFC 8259 does not: NaN, Infinity, -Infinity."""
     raise ValueError(f"{name} is no JSON number (RFC 8259, section 6)")
 
 
-JSON = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=no_constant)
-JSON_SHAPE = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0, parse_constant=no_constant)
+# Numbers are never converted, so that 100,000 digits cost nothing: the value of each is 0.
+JSON = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0, parse_constant=no_constant)
+BETWEEN = re.compile(r"[ \t\n\r,:]*")  # what stands between the values of a text that is known to be JSON
 MAX_ALERTS = 10_000  # in one webhook: each costs memory here, and a place in the answer
-JSON_SPACE = re.compile(r"[ \t\n\r]*")
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
 RFC_3339 = re.compile(
-    r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt ]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.[0-9]+)?"
-    r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9]):(?:[0-5][0-9]|60)(?:\.[0-9]+)?"
+    r"(?:[Zz]|([+-](?:[01][0-9]|2[0-3]):[0-5][0-9]))"
 )
 YEAR_10000 = 253_402_300_800_000  # milliseconds
 
 
 def read_json(body: bytes) -> tuple[str, Any]:
-    """The text and the value of a JSON text as RFC 8259 has it, all numbers 0. Raises Malformed."""
+    """The text, bare of blanks, and the value of a JSON text as RFC 8259 has it, all numbers 0. Raises Malformed."""
     try:
         text = body.decode()
-        value, end = JSON_SHAPE.raw_decode(text, skip_space(text, 0))
-        if (end := skip_space(text, end)) != len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+        return text.strip(" \t\n\r"), JSON.decode(text)
     except UnicodeDecodeError as error:
         raise Malformed(f"not JSON: byte {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -432,12 +420,6 @@ def read_json(body: bytes) -> tuple[str, Any]:
     except ValueError as error:
         member = re.search(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)', text)
         raise Malformed(f"not JSON: {member[1] + ': ' if member else ''}{error}") from None
-    return text, value
-
-
-def skip_space(text: str, at: int) -> int:
-    """The place of the first character at or after `at` that is not JSON's white space."""
-    return JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]
 
 
 def parts(text: str) -> Iterator[tuple[str, Any, str]]:
@@ -445,19 +427,13 @@ def parts(text: str) -> Iterator[tuple[str, Any, str]]:
 
     The text is known to be valid JSON (`read_json`). The json module gives values, but not where they stood.
     """
-    at = skip_space(text, 0)
-    close = "]" if text[at] == "[" else "}"
-    at = skip_space(text, at + 1)
-    while text[at] != close:
-        name = ""
-        if close == "}":
-            name, at = JSON.raw_decode(text, at)
-            at = skip_space(text, skip_space(text, at) + 1)  # the colon
+    name, end = "", 1
+    while text[at := BETWEEN.match(text, end).end()] not in "]}":  # type: ignore[union-attr]
+        if text[0] == "{":
+            name, end = JSON.raw_decode(text, at)
+            at = BETWEEN.match(text, end).end()  # type: ignore[union-attr]
         value, end = JSON.raw_decode(text, at)
         yield name, value, text[at:end]
-        at = skip_space(text, end)
-        if text[at] == ",":
-            at = skip_space(text, at + 1)
 
 
 def read_webhook(body: bytes) -> list[Arrival | Rejected]:
@@ -481,26 +457,24 @@ def read_webhook(body: bytes) -> list[Arrival | Rejected]:
 
 def read_alert(text: str, place: str) -> Arrival | Rejected:
     """One alert, given its text and, for messages, its place in the webhook."""
-    text = text.strip(" \t\n\r")
     if not text.startswith("{"):
         return Rejected(None, f"{place}: not an object")
-    members = [(name, value, literal) for name, value, literal in parts(text) if name in ("id", "created_at")]
-    found = {name: (value, literal) for name, value, literal in members}
-    id_, id_literal = found.get("id", (None, ""))
-    shown = id_ if isinstance(id_, str) and not isinstance(id_, Number) else None
     place = f"{place}." if place else ""
-    for name in ("id", "created_at"):
-        if name not in found:
-            return Rejected(shown, f"{place}{name}: missing")
-        if [member for member, _, _ in members].count(name) > 1:
-            return Rejected(shown, f"{place}{name}: there twice")
-    if shown is None or not ALERT_ID.fullmatch(shown):
-        return Rejected(shown and shown[:200], f"{place}id: {excerpt(id_literal)} is not 4 to 128 of A-Z a-z 0-9 _ -")
-    created_at, literal = found["created_at"]
+    found: dict[str, list[tuple[Any, str]]] = {"id": [], "created_at": []}
+    for name, value, literal in parts(text):
+        if name in found:
+            found[name].append((value, literal))
+    id_ = next((value[:200] for value, _ in found["id"] if isinstance(value, str)), None)
+    for name, values in found.items():
+        if len(values) != 1:
+            return Rejected(id_, f"{place}{name}: {'there twice' if values else 'missing'}")
+    ((_, id_literal),), ((created_at, literal),) = found.values()
+    if id_ is None or not ALERT_ID.fullmatch(id_):
+        return Rejected(id_, f"{place}id: {excerpt(id_literal)} is not 4 to 128 of A-Z a-z 0-9 _ -")
     try:
-        return Arrival(shown, minute_of(created_at), "webhooks", text.encode())
+        return Arrival(id_, minute_of(created_at, literal), "webhooks", text.encode())
     except (ValueError, OverflowError) as error:
-        return Rejected(shown, f"{place}created_at: {excerpt(literal)} {error}")
+        return Rejected(id_, f"{place}created_at: {excerpt(literal)} {error}")
 
 
 def excerpt(literal: str) -> str:
@@ -508,21 +482,19 @@ def excerpt(literal: str) -> str:
     return printable(literal if len(literal) <= 60 else literal[:57] + "...")
 
 
-def minute_of(created_at: Any) -> str:
-    """`YYYY/MM/DD/HH/MM`, UTC, of milliseconds since the epoch or of an RFC 3339 time. Raises ValueError."""
-    if isinstance(created_at, Number) or (isinstance(created_at, str) and re.fullmatch("[0-9]+", created_at)):
-        milliseconds = float(created_at)  # exact up to 2^53, which is beyond the year 9999
+def minute_of(value: Any, literal: str) -> str:
+    """`YYYY/MM/DD/HH/MM`, UTC, of milliseconds since the epoch or of an RFC 3339 time. Raises ValueError.
+
+    A number's `value` is 0 (`read_json`): it stands in its `literal`.
+    """
+    if type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]+", value)):
+        milliseconds = float(value or literal)  # exact up to 2^53, which is beyond the year 9999
         if not 0 <= milliseconds < YEAR_10000:
             raise ValueError("is not within the years 1970 to 9999")
         when = datetime.fromtimestamp(milliseconds // 1000, timezone.utc)
-    elif isinstance(created_at, str) and (match := RFC_3339.fullmatch(created_at)):
-        year, month, day, hour, minute, second = map(int, match.groups()[:6])
-        if second == 60:
-            second = 59  # a leap second (section 5.7), which datetime does not know
-        when = datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
-        if match[7]:
-            offset = timedelta(hours=int(match[8]), minutes=int(match[9]))
-            when += -offset if match[7] == "+" else offset
+    elif isinstance(value, str) and (match := RFC_3339.fullmatch(value)):
+        # Without the seconds: a leap second's 60 (section 5.7) is unknown to datetime.
+        when = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}").astimezone(timezone.utc)
         if when.year < 1970:
             raise ValueError("is not within the years 1970 to 9999")
     else:
