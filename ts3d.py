@@ -45,9 +45,7 @@ import sys
 import threading
 import time
 import traceback
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -99,9 +97,7 @@ def number(low: float, high: float, units: dict[str, int], kind: type = int) -> 
 TIME = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZE = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 whole = matching("[0-9]{1,12}", "a whole number", int)
-boolean = matching(
-    "(?i:yes|no|true|false|on|off|1|0)", "yes or no", lambda text: text.lower() in ("yes", "true", "on", "1")
-)
+boolean = matching("(?i:yes|no|true|false|on|off|1|0)", "yes or no", lambda t: t.lower() in ("yes", "true", "on", "1"))
 address = matching(
     r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):[0-9]{1,5}",
     "an address: write HOST:PORT, or [::1]:PORT for IPv6",
@@ -120,8 +116,7 @@ key_prefix = matching(
     "a key prefix: no slash at either end, no empty part, no control character",
 )
 bucket_name = matching(
-    "[A-Za-z0-9._-]{3,255}|arn:[A-Za-z0-9:/_-]+",
-    "a bucket: write its name alone, without s3:// and without a path",
+    "[A-Za-z0-9._-]{3,255}|arn:[A-Za-z0-9:/_-]+", "a bucket: write its name alone, without s3:// and without a path"
 )
 
 
@@ -165,20 +160,21 @@ OPTIONS = (
 )
 PUT_OBJECT = "s3:put_object"  # this section's options are put_object's own parameters, not ts3d's
 OWN_PARAMETERS = re.compile("Bucket|Key|Body|Content(Type|Length|MD5)|Checksum.*")  # what ts3d sets itself
-ENVIRONMENT = {  # the tutorial's variables, which override the file
-    "THREATSTACK_BASE_URL": "base_url",
-    "THREATSTACK_API_KEY": "api_key",
-    "TS_AWS_S3_BUCKET": "bucket",
-    "TS_AWS_S3_PREFIX": "prefix",
+ENVIRONMENT = {  # the tutorial's variables, by the option that they override
+    "base_url": "THREATSTACK_BASE_URL",
+    "api_key": "THREATSTACK_API_KEY",
+    "bucket": "TS_AWS_S3_BUCKET",
+    "prefix": "TS_AWS_S3_PREFIX",
 }
 BASE_URLS = {"key": "https://app.threatstack.com/api/v1", "hawk": "https://api.threatstack.com/v2"}
+CONFIG_FILES = ("/etc/ts3d/ts3d.conf", os.path.join(os.path.dirname(os.path.realpath(__file__)), "ts3d.conf"))
 HOLD_BACK = 16 << 20  # bytes of disk that webhooks leave free, so that there is room to drain the queue
-SECRETS: list[str] = []  # the longest first: what `redact` takes out of whatever is said
+SECRETS: list[str] = []  # what `redact` takes out of whatever is said
 
 
 def redact(text: str) -> str:
     """`text` without any configured secret, also where another program quoted it in its error."""
-    for secret in SECRETS:
+    for secret in sorted(SECRETS, key=len, reverse=True):  # one may contain another
         text = text.replace(secret, "***")
     return text
 
@@ -187,51 +183,41 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean …?)` with the known name that is most like this one, or nothing."""
     import difflib  # only a misspelt option needs it, and it is slow to import
 
-    close = difflib.get_close_matches(name.lower(), {k.lower(): k for k in known}, 1, 0.5)
-    return next((f" (did you mean {k}?)" for k in known if close and k.lower() == close[0]), "")
+    by_lower = {k.lower(): k for k in known}
+    return "".join(f" (did you mean {by_lower[k]}?)" for k in difflib.get_close_matches(name.lower(), by_lower, 1, 0.5))
 
 
 class Config(SimpleNamespace):
-    """The options' values by name, `put_object` (texts by parameter), `file` (the configuration's path) and `tls`."""
+    """The options' values by name, and `file` (its path), `put_object` (texts by parameter), `credentials`, `tls`."""
 
     def require(self, *names: str) -> None:
         """Raises ConfigError for the first of these options that is not set."""
         for option in OPTIONS:
             if option.name in names and not getattr(self, option.name):
-                variable = next((f" or set {v}" for v, name in ENVIRONMENT.items() if name == option.name), "")
+                variable = f" or set {ENVIRONMENT[option.name]}" if option.name in ENVIRONMENT else ""
                 raise ConfigError(f"{self.file}: [{option.section}] {option.name} is not set: write it there{variable}")
-
-
-def find_config(path: str | None) -> str:
-    """The configuration's path: the one given, /etc/ts3d/ts3d.conf, or ts3d.conf beside the program."""
-    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "ts3d.conf")
-    return path or next((p for p in ("/etc/ts3d/ts3d.conf", beside) if os.path.exists(p)), beside)
-
-
-def beside(path: str, name: str, credentials: bool = False) -> str:
-    """`name` as a path: absolute, or relative to the configuration's folder (a secret: to the credentials')."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if credentials:
-        folder = os.environ.get("CREDENTIALS_DIRECTORY") or os.path.join(folder, "secrets")
-    return os.path.join(folder, name)
 
 
 def load_config(path: str) -> Config:
     """Read and check the configuration file and the environment. Raises ConfigError."""
-    sections = read_ini(path)
+    sections, folder = read_ini(path), os.path.dirname(os.path.abspath(path))
     config = Config(file=path, put_object=sections.get(PUT_OBJECT, {}))
-    from_environment = {name: (v, os.environ[v]) for v, name in ENVIRONMENT.items() if os.environ.get(v)}
+    config.credentials = os.path.join(folder, os.environ.get("CREDENTIALS_DIRECTORY") or "secrets")
     for option in OPTIONS:
-        where, text = f"{path}: [{option.section}] {option.name}", sections.get(option.section, {}).get(option.name)
-        if option.name in from_environment:
-            where, text = from_environment[option.name]
-        elif option.secret:
-            where, text = read_secret(path, option, sections.get(option.section, {}))
-        if text is None or (text == "" and option.default is None and not option.secret):
+        section, variable = sections.get(option.section, {}), ENVIRONMENT.get(option.name, "")
+        where, text = f"{path}: [{option.section}] {option.name}", section.get(option.name)
+        if os.environ.get(variable):
+            where, text = variable, os.environ[variable]
+        elif (name := section.get(f"{option.name}_file")) is not None:
+            if text is not None:
+                raise ConfigError(f"{where} and {option.name}_file are both set: keep one")
+            where = f"{where}_file = {name!r}"
+            text = read_secret(where, os.path.join(config.credentials, name))
+        elif text == "" and option.name == "webhook_token":  # it may be a mistake that would open the door
+            raise ConfigError(f"{where}: empty: write a secret, or take the line away")
+        if text is None or (text == "" and option.default is None):
             text = option.default
         try:
-            if text == "" and option.secret:
-                raise ValueError("empty: write a secret, or take the line away")
             value = None if text is None else option.parse(text)
         except ValueError as error:
             shown = "" if option.secret else f" = {text!r}"
@@ -239,14 +225,10 @@ def load_config(path: str) -> Config:
         setattr(config, option.name, value)
         if option.secret and value:
             SECRETS.extend(value if isinstance(value, list) else [value])
-            SECRETS.sort(key=len, reverse=True)
     config.base_url = config.base_url or BASE_URLS[config.auth]
     state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    config.path = beside(path, config.path or os.path.join(state, "queue.db"))
+    config.path = os.path.join(folder, config.path or os.path.join(state, "queue.db"))
     config.tls = load_tls(config)
-    for name in config.put_object:
-        if OWN_PARAMETERS.fullmatch(name):
-            raise ConfigError(f"{path}: [{PUT_OBJECT}] {name}: ts3d sets this itself")
     return config
 
 
@@ -270,37 +252,28 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
     except configparser.ParsingError as error:  # its own text quotes the line, which may hold a secret
         line = error.errors[0][0] if getattr(error, "errors", None) else getattr(error, "lineno", 1)
         raise ConfigError(f"{path}: line {line}: not `option = value` in a [section]") from None
-    known: dict[str, list[str]] = {}
-    for option in OPTIONS:
-        known.setdefault(option.section, []).extend([option.name, f"{option.name}_file"][: 1 + option.secret])
     for section in parser.sections():
-        if section not in known and section != PUT_OBJECT:
-            raise ConfigError(f"{path}: unknown section [{section}]" + nearest(section, [*known, PUT_OBJECT]))
-        for name in parser[section] if section in known else ():
-            if name not in known[section]:
+        known = [n for o in OPTIONS if o.section == section for n in (o.name, f"{o.name}_file")[: 1 + o.secret]]
+        if not known and section != PUT_OBJECT:
+            sections = [PUT_OBJECT, *(option.section for option in OPTIONS)]
+            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, sections)}")
+        for name in parser[section]:
+            if known and name not in known:
                 # What looks like no name may be a line of a secret that is not indented.
                 shown = name if re.fullmatch("[A-Za-z_]{1,30}", name) else "in a line that is not indented, or misspelt"
-                raise ConfigError(f"{path}: [{section}] unknown option {shown}{nearest(name, known[section])}")
+                raise ConfigError(f"{path}: [{section}] unknown option {shown}{nearest(name, known)}")
+            if not known and OWN_PARAMETERS.fullmatch(name):
+                raise ConfigError(f"{path}: [{section}] {name}: ts3d sets this itself")
     return {section: dict(parser[section]) for section in parser.sections()}
 
 
-def read_secret(path: str, option: Option, section: dict[str, str]) -> tuple[str, str | None]:
-    """Where a secret comes from, for messages, and its text: None where it is not set. Raises ConfigError."""
-    where, name = f"{path}: [{option.section}] {option.name}", section.get(f"{option.name}_file")
-    if name is None:
-        # An empty webhook_token may be a mistake that would open the door, so it is passed on, and refused.
-        return where, section.get(option.name) or ("" if option.name in section and option.parse is words else None)
-    if option.name in section:
-        raise ConfigError(f"{where} and {option.name}_file are both set: keep one")
-    where, file = f"{where}_file", beside(path, name, credentials=True)
+def read_secret(where: str, file: str) -> str | None:
+    """The secret in a file, None where that is empty; `where` is for messages. Raises ConfigError."""
     try:
         with open(file, encoding="utf-8", newline="") as stream:
-            text = stream.read().removesuffix("\n").removesuffix("\r")
+            return stream.read().removesuffix("\n").removesuffix("\r") or None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{where} = {name!r}: cannot read {file}: {getattr(error, 'strerror', 'not UTF-8')}"
-        ) from None
-    return f"{where} = {name!r}", text or None
+        raise ConfigError(f"{where}: cannot read {file}: {getattr(error, 'strerror', 'not UTF-8')}") from None
 
 
 def load_tls(config: Config) -> ssl.SSLContext | None:
@@ -308,7 +281,7 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
     if not config.tls_certificate and not config.tls_key:
         return None
     config.require("tls_certificate", "tls_key")
-    files = [beside(config.file, name, credentials=True) for name in (config.tls_certificate, config.tls_key)]
+    files = [os.path.join(config.credentials, name) for name in (config.tls_certificate, config.tls_key)]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -1068,7 +1041,7 @@ def retry_after(headers: Any) -> float:
     return 0
 
 
-class Wire:
+class Wire(io.RawIOBase):
     """A socket whose reads and writes end at one moment, `deadline` (monotonic clock), or after seconds of `silence`.
 
     A socket's own time-out is for each call, and a peer that sends a byte now and then never reaches it.
@@ -1077,21 +1050,29 @@ class Wire:
     def __init__(self, sock: socket.socket, deadline: float, silence: float = math.inf) -> None:
         self.sock, self.deadline, self.silence = sock, deadline, silence
 
-    def arm(self) -> None:
-        """Give the socket the time that is left. Raises TimeoutError where there is none."""
+    def arm(self) -> Any:
+        """The socket, given the time that is left. Raises TimeoutError where there is none."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
         self.sock.settimeout(min(left, self.silence))
+        return self.sock
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As socket.recv_into, within the deadline."""
+        return int(self.arm().recv_into(buffer))
 
     def sendall(self, data: Any) -> None:
         """As socket.sendall, within the deadline."""
-        self.arm()
-        self.sock.sendall(data)
+        self.arm().sendall(data)
 
-    def makefile(self, mode: str = "rb", buffering: int = -1) -> io.BufferedReader:
+    def makefile(self, *_: Any) -> io.BufferedReader:
         """A buffered file to read from."""
-        return io.BufferedReader(WireReader(self))
+        return io.BufferedReader(self)
 
     def shutdown(self, how: int) -> None:
         """As socket.shutdown, of a connection that may be gone already."""
@@ -1100,77 +1081,12 @@ class Wire:
             socket.socket.shutdown(self.sock, how)
 
     def close(self) -> None:
-        """As socket.close: the files made of it go on."""
-        self.sock.close()
-
-
-class WireReader(io.RawIOBase):
-    """What Wire.makefile reads from."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-        self.raw = wire.sock.makefile("rb", buffering=0)
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Read what has come. Raises TimeoutError at the deadline."""
-        self.wire.arm()
-        return self.raw.readinto(buffer)
-
-    def close(self) -> None:
-        """Close the file, and with it the socket that was closed before."""
-        self.raw.close()
-        super().close()
+        """Nothing: who made the socket closes it. http.client would do so before it has read the answer."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Threat Stack
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class ApiHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's handler of http and https with one deadline, in `seconds`, for each call.
-
-    The request's own timeout is how long connecting, or the peer, may be silent. Certificates are verified against
-    the system's.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.plain = self.connection(http.client.HTTPConnection, seconds)
-        self.secure = self.connection(http.client.HTTPSConnection, seconds)
-
-    @functools.cached_property
-    def tls(self) -> ssl.SSLContext:
-        """Made once, and only where it is needed: reading the certificates takes longer than a call."""
-        return ssl.create_default_context()
-
-    @staticmethod
-    def connection(kind: Any, seconds: float) -> Any:
-        """http.client's class `kind`, with that deadline."""
-
-        class Connection(kind):  # type: ignore[misc]
-            sock: Any
-
-            def connect(self) -> None:
-                deadline = time.monotonic() + seconds
-                super().connect()
-                self.sock = Wire(self.sock, deadline, self.timeout)
-
-        return Connection
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """What urllib calls for http:."""
-        return self.do_open(self.plain, request)
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """What urllib calls for https:."""
-        return self.do_open(self.secure, request, context=self.tls)
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
 class ThreatStack(Upstream):
@@ -1190,27 +1106,36 @@ class ThreatStack(Upstream):
         self.config = config
         # While Threat Stack hangs, some workers must be left for webhooks, which need only S3.
         self.seats = max(1, config.workers - max(1, config.workers // 8))
-        # An opener with this handler alone: no redirect is followed (the key would leave with it), no proxy of the
-        # environment obeyed, no file: opened, and an error status is an answer like any other.
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(ApiHandler(config.timeout))
         # A call that hangs must not keep its alert for the whole of a long time-out once Threat Stack is back.
         self.silence = min(config.timeout, max(10.0, config.timeout / 3))
+        # Unlike urllib, http.client follows no redirect (the key would leave with it) and obeys no proxy.
+        self.url = urllib.parse.urlsplit(config.base_url)
+        self.connection: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        if self.url.scheme == "https":
+            tls = ssl.create_default_context()  # made once: reading the system's certificates outlasts a call
+            self.connection = functools.partial(http.client.HTTPSConnection, context=tls)
 
     def get(self, path: str, id_: str | None = None) -> bytes:
         """GET the API's `path`: the answer's bytes, checked to be JSON and to speak of alert `id_`.
 
         Raises UpstreamError.
         """
-        headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Authorization": self.config.api_key}
+        headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Connection": "close"}
+        headers["Authorization"] = self.config.api_key
         if self.config.organization_id:
             headers["Organization"] = self.config.organization_id
-        request = urllib.request.Request(self.config.base_url + path, headers=headers)
+        deadline = time.monotonic() + self.config.timeout
+        connection = self.connection(self.url.netloc, timeout=self.silence)
         try:
-            with self.opener.open(request, timeout=self.silence) as response:
-                body: bytes = response.read(self.MAX_BODY + 1)
-        except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
-            raise self.error("unreachable", f"cannot be reached: {error.reason}", "all") from None
+            connection.connect()
+        except OSError as error:
+            raise self.error("unreachable", f"cannot be reached: {error}", "all") from None
+        try:
+            with connection.sock as sock:
+                connection.sock = Wire(sock, deadline, self.silence)
+                connection.request("GET", self.url.path + path, headers=headers)
+                response = connection.getresponse()
+                body = response.read(self.MAX_BODY + 1)
         except TimeoutError:
             limits = f"{self.config.timeout:g} s ([threatstack] timeout), or silent for {self.silence:g} s"
             raise self.error("timeout", f"no whole answer within {limits}") from None
@@ -1300,12 +1225,7 @@ class S3(Upstream):
         import botocore.validate
 
         shape = client.meta.service_model.operation_model("PutObject").input_shape
-        parsers: dict[str, Callable[[str], Any]] = {
-            "boolean": boolean,
-            "integer": whole,
-            "long": whole,
-            "map": json.loads,
-        }
+        parsers = {"boolean": boolean, "integer": whole, "long": whole, "map": json.loads}
         extra: dict[str, Any] = {}
         for name, text in self.config.put_object.items():
             where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
@@ -1679,7 +1599,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Close a connection and count it no longer."""
         with self.lock:
             self.connections.discard(request)
-        super().shutdown_request(request)
+        request.shutdown(socket.SHUT_WR)
+        request.sock.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what ended a connection: http.server would print a traceback."""
@@ -2127,7 +2048,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("serve", parents=[option], help="the daemon (the default command)")
     commands.add_parser("check", parents=[option], help="say whether everything is in place")
     chosen = parser.parse_args(arguments)
-    path = find_config(getattr(chosen, "config", None))
+    path = getattr(chosen, "config", None) or next(filter(os.path.exists, CONFIG_FILES), CONFIG_FILES[-1])
     try:
         if chosen.command == "check":
             return check(path)
