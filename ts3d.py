@@ -1490,7 +1490,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 
 
 class Refusal(Exception):
-    """A request that is answered with an error."""
+    """A request that is answered with an error; `headers` and members (`more`) that the answer has too."""
 
     def __init__(
         self, status: int, type_: str, message: str, headers: dict[str, str] | None = None, **more: Any
@@ -1498,24 +1498,22 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.type, self.headers, self.more = status, type_, headers or {}, more
 
-    def as_json(self) -> dict[str, Any]:
-        """The answer's body."""
-        return {"success": False, "error": {"type": self.type, "message": str(self)}, **self.more}
-
 
 class Connection(Wire):
-    """A client's connection: since when (monotonic clock) we wait for a request, whether that has begun, and whether
-    it is whole, so that the client waits for us."""
+    """A client's connection.
+
+    `since`: when (monotonic clock) we began to wait for a request; infinity while the client waits for us.
+    `begun`: whether that request has.
+    """
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         super().__init__(sock, 0)
-        self.since = time.monotonic()
         self.expect(timeout)
 
     def expect(self, timeout: float) -> None:
         """Wait for a request from now on, for `timeout` seconds."""
-        self.deadline = time.monotonic() + timeout
-        self.begun = self.answering = False
+        self.since, self.begun = time.monotonic(), False
+        self.deadline = self.since + timeout
 
 
 def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int]]:
@@ -1533,13 +1531,13 @@ def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int
     return first[0], (ip, port)
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """Listens, and runs a Handler in a thread of its own for each connection."""
 
     daemon_threads = True
     block_on_close = False  # `stop` waits, and not for ever
     request_queue_size = 1024
-    allow_reuse_port = False  # it would let a second daemon take half of the connections
+    allow_reuse_address = True
 
     def __init__(self, config: Config, queue_: Queue, archiver: Archiver) -> None:
         """Listen. Raises ConfigError."""
@@ -1558,12 +1556,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)  # a client that left before `accept` must not block it
         self.server_activate()
 
-    def server_bind(self) -> None:
-        """As TCPServer's: HTTPServer's asks DNS for this host's name."""
-        socketserver.TCPServer.server_bind(self)
-
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection. Where file descriptors are used up, the longest idle connection goes."""
+        """Accept a connection. Where there is no room or no file descriptor for it, the longest idle one goes."""
         try:
             sock, client = self.socket.accept()
         except OSError as error:
@@ -1571,29 +1565,25 @@ class Server(http.server.ThreadingHTTPServer):
                 self.shed()
                 time.sleep(0.05)  # the listening socket stays readable, and this loop would spin
             raise
+        if len(self.connections) >= self.config.max_connections and not self.shed():
+            sock.close()
+            raise ConnectionAbortedError("there are max_connections, and all are being answered")
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        return Connection(sock, self.config.request_timeout), client
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for this connection, which is then counted."""
+        connection = Connection(sock, self.config.request_timeout)
         with self.lock:
-            full = len(self.connections) >= self.config.max_connections
-        if full and not self.shed():
-            return False
-        with self.lock:
-            self.connections.add(request)
-        return True
+            self.connections.add(connection)
+        return connection, client
 
     def shed(self) -> bool:
         """Cut the connection that has made us wait for longest; False where all are being answered."""
         with self.lock:
-            waiting = [connection for connection in self.connections if not connection.answering]
-            oldest = min(waiting, key=lambda connection: connection.since, default=None)
-            self.connections.discard(oldest)
-        if oldest:
-            oldest.shutdown(socket.SHUT_RDWR)
-        return oldest is not None
+            oldest = min(self.connections, key=lambda connection: connection.since, default=None)
+            if not oldest or oldest.since == math.inf:
+                return False
+            self.connections.remove(oldest)
+        oldest.shutdown(socket.SHUT_RDWR)
+        return True
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection and count it no longer."""
@@ -1603,19 +1593,12 @@ class Server(http.server.ThreadingHTTPServer):
         request.sock.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what ended a connection: http.server would print a traceback."""
+        """Log what ended a connection: socketserver would print a traceback."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):  # the client's doing: gone, or no TLS handshake
             log.debug("connection closed client=%s: %s", client_address, error)
         elif error:
             log.error("connection closed client=%s: %s", client_address, describe(error))
-
-    def receive(self, n: int) -> None:
-        """Count `n` bytes of a body that arrive (negative: that are done with). Raises Refusal."""
-        with self.lock:
-            if n > 0 and self.receiving + n > ALL_BODIES:
-                raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
-            self.receiving += n
 
     def stop(self, deadline: float) -> None:
         """Listen no longer, and wait until `deadline` (monotonic clock) for the requests that are being answered."""
@@ -1638,8 +1621,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    request_version = "HTTP/1.1"  # where none can be read
     server: Server
     request: Connection
+    rfile: io.BufferedReader
+    wfile: io.BytesIO
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -1647,79 +1633,56 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Shake hands where TLS is spoken, and make the files."""
         self.client = self.client_address[0] if self.client_address else "local"
         if tls := self.server.config.tls:
-            sock = tls.wrap_socket(self.request.sock, server_side=True, do_handshake_on_connect=False)
-            self.request.sock = sock
-            self.request.arm()
-            sock.do_handshake()
+            self.request.sock = tls.wrap_socket(self.request.sock, server_side=True, do_handshake_on_connect=False)
+            self.request.arm().do_handshake()
         self.rfile = self.request.makefile()
         self.wfile = io.BytesIO()  # an answer leaves as one piece
 
     def handle_one_request(self) -> None:
         """Read a request, answer it, log it."""
         self.close_connection = True
-        self.command, self.path, self.request_version = "-", "-", "HTTP/1.1"
+        self.command, self.path, self.note = "-", "-", ""
         self.unread = True  # there may be more of this request to come
-        self.note = ""  # for the log
-        self.held = 0  # bytes of the body that are counted
         try:
-            self.request.expect(self.server.config.request_timeout)
-            if not self.rfile.peek(1):  # type: ignore[attr-defined]
+            if not self.rfile.peek(1):
                 return
         except (OSError, ValueError):  # idle for too long, or gone
             return
         started = time.monotonic()
         self.request.deadline, self.request.begun = started + self.server.config.request_timeout, True
-        headers: dict[str, str] = {}
+        refusal, payload = None, {}
         try:
             self.read_head()
-            status, payload = self.route()
+            payload = {"success": True, **self.route()}
+        except Refusal as error:
+            refusal = error.with_traceback(None)  # its frames hold the body
+        except TimeoutError:
+            refusal = Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
+        except OSError as error:  # the client is gone
+            refusal = Refusal(0, "gone", str(error))
         except Exception as error:  # a bug too is answered, and the daemon lives
-            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                path = self.path.partition("?")[0][:200]
-                log.info("%s %s - client=%s error=%s", self.command, path, self.client, error)
-                return
-            refusal = self.refusal(error)
-            status, payload, headers = refusal.status, refusal.as_json(), refusal.headers
+            log.error("internal error: %s", describe(error))
+            refusal = Refusal(500, "internal", "internal error: the log has more")
+        status = refusal.status if refusal else 200
+        if refusal:
+            payload = {"success": False, "error": {"type": refusal.type, "message": str(refusal)}, **refusal.more}
             self.note += f" error={refusal}"
-        finally:
-            self.give_back()
-        self.answer(status, payload, headers)
-        log.info(
-            "%s %s %d client=%s seconds=%.3f%s",
-            self.command,
-            self.path.partition("?")[0][:200],  # the query may hold the token
-            status,
-            self.client,
-            time.monotonic() - started,
-            self.note,
-        )
-
-    @staticmethod
-    def refusal(error: Exception) -> Refusal:
-        """What to answer for an exception."""
-        if isinstance(error, Refusal):
-            return error
-        if isinstance(error, TimeoutError):
-            return Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
-        log.error("internal error: %s", describe(error))
-        return Refusal(500, "internal", "internal error: the log has more")
+        if status:
+            self.answer(status, payload, refusal.headers if refusal else {})
+        path = self.path.partition("?")[0][:200]  # the query may hold the token
+        took = time.monotonic() - started
+        log.info("%s %s %s client=%s%s seconds=%.3f", self.command, path, status or "-", self.client, self.note, took)
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal."""
-        lines: list[bytes] = []
-        left = HEAD_BYTES
         # One empty line before a request is passed over (RFC 9112, section 2.2).
-        while line := self.read_line(left) or (not lines and self.read_line(left)):
-            lines.append(line)
-            left -= len(line)
-            if len(lines) > HEAD_LINES:
-                raise Refusal(431, "head_too_large", f"over {HEAD_LINES} lines of headers")
-        match = REQUEST_LINE.fullmatch(lines[0]) if lines else None
+        line, *lines = self.read_lines() or self.read_lines() or [b""]
+        match = REQUEST_LINE.fullmatch(line)
         if not match:
             raise Refusal(400, "malformed_request", "the request line is not METHOD TARGET HTTP/1.1")
         self.command, self.path = match[1].decode(), match[2].decode()
         self.fields: dict[str, list[str]] = {}
-        for line in lines[1:]:
+        for line in lines:
             field = HEADER_LINE.fullmatch(line)
             if not field:  # also a folded line, or a blank before the colon (RFC 9112, sections 5.1 and 5.2)
                 raise Refusal(400, "malformed_request", "a header line is malformed")
@@ -1727,10 +1690,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         http_1_1 = match[3] != b"0"
         if len(self.fields.get("host", ())) != 1 and (http_1_1 or "host" in self.fields):
             raise Refusal(400, "malformed_request", "there must be one Host header (RFC 9112, section 3.2)")
-        self.length = self.body_length(http_1_1)
+        lengths, codings = self.fields.get("content-length", []), self.fields.get("transfer-encoding")
+        if codings and (lengths or len(codings) > 1 or codings[0].lower() != "chunked" or not http_1_1):
+            raise Refusal(400, "malformed_request", "Transfer-Encoding: only `chunked`, alone, and in HTTP/1.1")
+        if lengths and (len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0])):
+            raise Refusal(400, "malformed_request", "Content-Length: not one number")
+        # The body's bytes, None where it comes in chunks (RFC 9112, section 6).
+        self.length = None if codings else int(lengths[0]) if lengths else 0
         self.unread = self.length != 0
         options = ",".join(self.fields.get("connection", ())).lower().split(",")
         self.close_connection = not http_1_1 or "close" in (option.strip() for option in options)
+
+    def read_lines(self) -> list[bytes]:
+        """The lines up to an empty one, without their CRLF. Raises Refusal."""
+        lines: list[bytes] = []
+        left = HEAD_BYTES
+        while line := self.read_line(left):
+            lines.append(line)
+            left -= len(line)
+            if len(lines) > HEAD_LINES:
+                raise Refusal(431, "head_too_large", f"over {HEAD_LINES} lines of headers")
+        return lines
 
     def read_line(self, limit: int) -> bytes:
         """One line without its CRLF. Raises Refusal."""
@@ -1743,67 +1723,50 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, "malformed_request", "a line does not end with CRLF")
         raise ConnectionResetError("closed in the middle of a request")
 
-    def body_length(self, http_1_1: bool) -> int | None:
-        """The body's bytes, None where it comes in chunks (RFC 9112, section 6). Raises Refusal."""
-        lengths, codings = self.fields.get("content-length", []), self.fields.get("transfer-encoding")
-        if codings is None:
-            if lengths and (len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0])):
-                raise Refusal(400, "malformed_request", "Content-Length: not one number")
-            return int(lengths[0]) if lengths else 0
-        if lengths or len(codings) > 1 or codings[0].lower() != "chunked" or not http_1_1:
-            raise Refusal(400, "malformed_request", "Transfer-Encoding: only `chunked`, alone, and in HTTP/1.1")
-        return None
-
-    def read_body(self) -> bytes:
-        """The request's body; `give_back` follows when it is dropped. Raises Refusal."""
-        limit = self.server.config.max_body
+    @contextlib.contextmanager
+    def body(self) -> Iterator[bytes]:
+        """The request's body, counted among all that are being received until the caller has done. Raises Refusal."""
+        server, limit, body, held = self.server, self.server.config.max_body, bytearray(), 0
         too_large = Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
         if (self.length or 0) > limit:
             raise too_large
         if "100-continue" in (field.lower() for field in self.fields.get("expect", ())) and self.unread:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = bytearray()
-        for n in self.chunks():
-            if len(body) + n > limit:
-                raise too_large
-            self.server.receive(n)
-            self.held += n
-            body += self.rfile.read(n)
-            if len(body) < self.held:
-                raise ConnectionResetError("closed in the middle of a body")
-        self.unread = False
-        self.request.answering = True
-        return bytes(body)
-
-    def give_back(self) -> None:
-        """Count the body no longer."""
-        self.server.receive(-self.held)
-        self.held = 0
-
-    def chunks(self) -> Iterator[int]:
-        """The lengths of the body's chunks, one after the other: the caller reads each. Raises Refusal."""
-        if self.length is not None:
-            yield self.length
-            return
-        while match := CHUNK_LINE.fullmatch(self.read_line(4096)):
-            n = int(match[1], 16)
-            if not n:
-                break
-            yield n
-            if self.rfile.read(2) != b"\r\n":
-                raise Refusal(400, "malformed_request", "a chunk is longer than its size")
-        else:
-            raise Refusal(400, "malformed_request", "a chunk's size is malformed")
-        left = HEAD_BYTES
-        while trailer := self.read_line(left):
-            left -= len(trailer)
-            if not HEADER_LINE.fullmatch(trailer):
+        try:
+            while n := self.chunk_size() if self.length is None else self.length - held:
+                if held + n > limit:
+                    raise too_large
+                with server.lock:
+                    if server.receiving + n > ALL_BODIES:
+                        what = f"over {ALL_BODIES >> 20}M are being received"
+                        raise Refusal(503, "busy", what, {"Retry-After": "1"})
+                    server.receiving += n
+                    held += n
+                body += self.rfile.read(n)
+                if len(body) < held:
+                    raise ConnectionResetError("closed in the middle of a body")
+                if self.length is None and self.rfile.read(2) != b"\r\n":
+                    raise Refusal(400, "malformed_request", "a chunk is longer than its size")
+            if self.length is None and not all(HEADER_LINE.fullmatch(line) for line in self.read_lines()):
                 raise Refusal(400, "malformed_request", "a trailer is malformed")
+            self.unread = False
+            self.request.since = math.inf
+            yield bytes(body)
+        finally:
+            with server.lock:
+                server.receiving -= held
+
+    def chunk_size(self) -> int:
+        """The next chunk's bytes, 0 after the last. Raises Refusal."""
+        match = CHUNK_LINE.fullmatch(self.read_line(4096))
+        if not match:
+            raise Refusal(400, "malformed_request", "a chunk's size is malformed")
+        return int(match[1], 16)
 
     # Answering -------------------------------------------------------------------------------------------------------
 
-    def route(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of the answer to this request. Raises Refusal."""
+    def route(self) -> dict[str, Any]:
+        """What the answer to this request says. Raises Refusal."""
         target = re.sub("(?i)^https?://[^/?]*", "", self.path)  # absolute-form (RFC 9112, section 3.2.2)
         routes = {"/api/v1/s3/alert": ("POST", self.webhook), "/healthz": ("GET", self.health)}
         method, function = routes.get(target.partition("?")[0], (None, None))
@@ -1814,77 +1777,72 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(405, "method_not_allowed", f"only {allow}", {"Allow": allow})
         return function()
 
-    def webhook(self) -> tuple[int, dict[str, Any]]:
-        """Take a webhook's alerts: 200 once they are on disk. Raises Refusal."""
+    def webhook(self) -> dict[str, Any]:
+        """Take a webhook's alerts: each one's state, in the webhook's order, once they are on disk. Raises Refusal."""
         self.authorize()
         queue_, archiver = self.server.queue, self.server.archiver
-        body = self.read_body()
-        try:
-            alerts, problem = read_webhook(body), None
-        except Malformed as error:
-            alerts, problem = [], str(error)
-        except RecursionError:  # at one exact depth the whole is read, and its parts are not
-            alerts, problem = [], "nested too deeply"
-        arrivals = [alert for alert in alerts if isinstance(alert, Arrival)]
-        self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(alerts) - len(arrivals)}"
-        if problem or len(arrivals) < len(alerts):
-            # Nothing that presented the token is lost, whatever it is.
-            minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
-            arrivals.append(Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body))
-        try:
-            numbers = queue_.put(arrivals) if arrivals else []
-        except QueueError as error:
-            raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
-        del body, arrivals
-        self.give_back()
+        states, numbers = self.take()
         archiver.wake.set()
-        if problem:
-            raise Refusal(400, "malformed_webhook", problem)
+        good = [state for state in states if "error" not in state]
+        if states and not good:
+            more = f" (and {len(states) - 1} more)" if len(states) > 1 else ""
+            raise Refusal(400, "invalid_alert", states[0]["error"]["message"] + more, alerts=states)
         try:
             queued = queue_.wait(numbers, self.server.config.wait, archiver.hopeless)
         except QueueError:  # they are on disk: that is what this answer has to say
             queued = {number: ("webhooks", None) for number in numbers}
-        return self.verdict(alerts, numbers, queued)
+        for state, number in zip(good, numbers, strict=False):  # the last number may be that of the whole webhook
+            if number in queued:
+                step, error = queued[number]
+                state["state"] = "queued"
+                if trouble := json.loads(error) if error else archiver.trouble(step):
+                    state["error"] = trouble
+        return {"alerts": states}
+
+    def take(self) -> tuple[list[dict[str, Any]], list[int]]:
+        """Put a webhook's alerts on disk: each one's state, and the numbers of the jobs. Raises Refusal."""
+        states: list[dict[str, Any]] = []
+        arrivals: list[Arrival] = []
+        problem = ""
+        with self.body() as body:
+            try:
+                for alert in read_webhook(body):
+                    states.append({"id": alert.id, "state": "archived"})
+                    if isinstance(alert, Arrival):
+                        arrivals.append(alert)
+                    else:
+                        error = {"type": "invalid_alert", "message": alert.message}
+                        states[-1].update(state="rejected", error=error)
+            except (Malformed, RecursionError) as why:  # at one exact depth the whole is read, and its parts are not
+                problem = str(why)
+            self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(states) - len(arrivals)}"
+            if problem or len(arrivals) < len(states):
+                # Nothing that presented the token is lost, whatever it is.
+                minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
+                arrivals.append(Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body))
+            try:
+                numbers = self.server.queue.put(arrivals) if arrivals else []
+            except QueueError as error:
+                raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
+        if problem:
+            raise Refusal(400, "malformed_webhook", problem)
+        return states, numbers
 
     def authorize(self) -> None:
         """Raises Refusal unless the request presents a webhook token, or none is set."""
-        tokens = [token.encode() for token in self.server.config.webhook_token or ()]
-        presented = [
-            urllib.parse.unquote_to_bytes(value)  # `+` is itself here: tokens are often base64
-            for name, _, value in (part.partition("=") for part in self.path.partition("?")[2].split("&"))
-            if name == "token"
-        ]
+        query = self.path.partition("?")[2].replace("+", "%2B")  # `+` is itself here: tokens are often base64
+        presented = urllib.parse.parse_qs(query, encoding="latin-1").get("token", [])
         for field in self.fields.get("authorization", ()):
             scheme, _, value = field.partition(" ")
             if scheme.lower() == "bearer":
-                presented.append(value.strip().encode("latin-1"))
+                presented.append(value.strip())
+        pairs = [(a.encode(), b.encode("latin-1")) for a in self.server.config.webhook_token or () for b in presented]
         # Every pair is compared, each in constant time.
-        if tokens and not any([hmac.compare_digest(token, value) for token in tokens for value in presented]):
+        if self.server.config.webhook_token and not any([hmac.compare_digest(*pair) for pair in pairs]):
             message = "present the webhook token: Authorization: Bearer TOKEN, or ?token=TOKEN"
             raise Refusal(401, "unauthorized", message, {"WWW-Authenticate": 'Bearer realm="ts3d"'})
 
-    def verdict(
-        self, alerts: list[Arrival | Rejected], numbers: list[int], queued: dict[int, tuple[str, str | None]]
-    ) -> tuple[int, dict[str, Any]]:
-        """The answer: each alert's state, in the webhook's order. Raises Refusal where all are rejected."""
-        left, states, rejections = iter(numbers), [], []
-        for alert in alerts:
-            state: dict[str, Any] = {"id": alert.id, "state": "archived"}
-            if isinstance(alert, Rejected):
-                state.update(state="rejected", error={"type": "invalid_alert", "message": alert.message})
-                rejections.append(alert.message)
-            elif (number := next(left)) in queued:
-                step, error = queued[number]
-                state["state"] = "queued"
-                if trouble := json.loads(error) if error else self.server.archiver.trouble(step):
-                    state["error"] = trouble
-            states.append(state)
-        if rejections and len(rejections) == len(alerts):
-            more = f" (and {len(rejections) - 1} more)" if len(rejections) > 1 else ""
-            raise Refusal(400, "invalid_alert", rejections[0] + more, alerts=states)
-        return 200, {"success": True, "alerts": states}
-
-    def health(self) -> tuple[int, dict[str, Any]]:
+    def health(self) -> dict[str, Any]:
         """Whether webhooks can be taken, and what is queued. Raises Refusal."""
         counts: dict[str, Any] = {}
         try:
@@ -1893,42 +1851,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.queue.prove_writable()
         except QueueError as error:
             raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}, **counts) from None
-        return 200, {"success": True, **counts}
+        return counts
 
     def answer(self, status: int, payload: dict[str, Any], headers: dict[str, str]) -> None:
         """Send the answer; where the client may still be sending, let it read before the connection closes."""
         if self.unread or self.server.stopping:
             self.close_connection = True
         body = json.dumps(payload).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
+        headers = {"Server": "ts3d", "Date": self.date_time_string(), "Content-Type": "application/json", **headers}
         if self.close_connection:
-            self.send_header("Connection", "close")
+            headers["Connection"] = "close"
+        self.send_response_only(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)  # type: ignore[attr-defined]
+        data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)
         self.wfile = io.BytesIO()
         # Idle from here on: the client, which reads this first, must not be overtaken by this thread's next line.
-        self.request.since = time.monotonic()
-        self.request.deadline = self.request.since + self.server.config.request_timeout
+        self.request.expect(self.server.config.request_timeout)
         try:
             self.request.sendall(data)
             if self.unread:
                 # Take what the client still sends, or a reset would come before it has read its answer (RFC 9112, 9.6).
+                self.request.begun = True
                 self.request.shutdown(socket.SHUT_WR)
-                self.request.answering = False
                 while self.rfile.read1(65536):
                     pass
         except OSError as error:
             self.close_connection = True
             log.debug("connection closed client=%s: %s", self.client, error)
-
-    def version_string(self) -> str:
-        """The Server header, without Python's version."""
-        return "ts3d"
-
-    def log_request(self, *_: Any) -> None:
-        """Nothing: handle_one_request logs, when the answer is sent."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
