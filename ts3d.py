@@ -80,18 +80,16 @@ def matching(pattern: str, meaning: str, convert: Callable[[str], Any] = str) ->
 
 def number(low: float, high: float, units: dict[str, int], kind: type = int) -> Callable[[str], Any]:
     """A parser of numbers with an optional unit, within low … high in the smallest one; raises ValueError."""
-    example = f", or one with {' '.join(units)} behind it" if units else ""
 
-    def parse(text: str) -> Any:
-        digits = text[:-1] if text[-1:] in units else text
-        if not re.fullmatch(r"[0-9]{1,12}" + (r"(\.[0-9]{1,6})?" if kind is float else ""), digits):
-            raise ValueError(f"not a number{example}")
-        value = kind(digits) * units.get(text[-1], 1)
+    def convert(text: str) -> Any:
+        value = kind(text.rstrip("".join(units))) * units.get(text[-1], 1)
         if not low <= value <= high:
             raise ValueError(f"not within {low:g} to {high:g}{' seconds' if units is TIME else ''}")
         return value
 
-    return parse
+    pattern = r"[0-9]{1,12}(\.[0-9]{1,6})?" if kind is float else "[0-9]{1,12}"
+    example = f", or one with {' '.join(units)} behind it" if units else ""
+    return matching(f"{pattern}({'|'.join(units)})?", f"a number{example}", convert)
 
 
 TIME = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -240,10 +238,8 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file: name one with -c FILE") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{path}: {error.strerror} (-c FILE names another)") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
     except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
@@ -1230,8 +1226,7 @@ class S3(Upstream):
         for name, text in self.config.put_object.items():
             where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
             if name not in shape.members:
-                allowed = [member for member in shape.members if not OWN_PARAMETERS.fullmatch(member)]
-                raise ConfigError(f"{where}: unknown to this boto3{nearest(name, allowed)}")
+                raise ConfigError(f"{where}: unknown to this boto3{nearest(name, shape.members)}")
             kind = shape.members[name].type_name
             try:
                 extra[name] = parsers.get(kind, str)(text)
@@ -1492,11 +1487,9 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 class Refusal(Exception):
     """A request that is answered with an error; `headers` and members (`more`) that the answer has too."""
 
-    def __init__(
-        self, status: int, type_: str, message: str, headers: dict[str, str] | None = None, **more: Any
-    ) -> None:
-        super().__init__(message)
-        self.status, self.type, self.headers, self.more = status, type_, headers or {}, more
+    def __init__(self, status: int, kind: str, text: str, headers: dict[str, str] | None = None, **more: Any) -> None:
+        super().__init__(text)
+        self.status, self.type, self.headers, self.more = status, kind, headers or {}, more
 
 
 class Connection(Wire):
@@ -1782,7 +1775,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.authorize()
         queue_, archiver = self.server.queue, self.server.archiver
         states, numbers = self.take()
-        archiver.wake.set()
         good = [state for state in states if "error" not in state]
         if states and not good:
             more = f" (and {len(states) - 1} more)" if len(states) > 1 else ""
@@ -1824,6 +1816,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 numbers = self.server.queue.put(arrivals) if arrivals else []
             except QueueError as error:
                 raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
+        self.server.archiver.wake.set()
         if problem:
             raise Refusal(400, "malformed_webhook", problem)
         return states, numbers
@@ -1948,29 +1941,29 @@ def serve(config: Config) -> int:
 def check(path: str) -> int:
     """Look at configuration, queue, S3 and Threat Stack: a line each, `ok` or what is wrong."""
 
-    def look(name: str, probe: Callable[[], str]) -> bool:
-        try:
-            print(f"ok    {name:14}{printable(redact(probe()))}", flush=True)
-            return True
-        except Exception as error:  # one look that goes wrong must not keep the others from being taken
-            expected = isinstance(error, (ConfigError, UpstreamError, QueueError))
-            print(f"FAIL  {name:14}{printable(redact(str(error) if expected else describe(error)))}", flush=True)
-            return False
-
-    config = Config()
-
-    def configuration() -> str:
+    def check_configuration(config: Config) -> str:
         vars(config).update(vars(load_config(path)))
         require_upstreams(config)
         listen_address(config)
         return path
 
-    results = [look("configuration", configuration)]
-    if results[0]:
-        results.append(look("queue", lambda: check_queue(config)))
-        results.append(look("s3", lambda: S3(config).check()))
-        results.append(look("threatstack", lambda: ThreatStack(config).check()))
-    return 0 if all(results) else 1
+    config, code = Config(), 0
+    looks: dict[str, Callable[[Config], str]] = {
+        "configuration": check_configuration,
+        "queue": check_queue,
+        "s3": lambda config: S3(config).check(),
+        "threatstack": lambda config: ThreatStack(config).check(),
+    }
+    for name, look in looks.items():
+        try:
+            verdict, said = "ok", look(config)
+        except Exception as error:  # one look that goes wrong must not keep the others from being taken
+            expected = isinstance(error, (ConfigError, UpstreamError, QueueError))
+            verdict, said, code = "FAIL", str(error) if expected else describe(error), 1
+        print(f"{verdict:6}{name:14}{printable(redact(said))}", flush=True)
+        if name == "configuration" and code:
+            break
+    return code
 
 
 def check_queue(config: Config) -> str:
@@ -1980,11 +1973,8 @@ def check_queue(config: Config) -> str:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ConfigError(f"{config.path}: {folder} is no folder that can be written ([queue] path)")
         return f"{config.path} is not there yet: `ts3d serve` makes it"
-    queue_ = Queue(config.path, config.max_size)
-    try:
+    with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
         queued, failed, _ = queue_.counts()
-    finally:
-        queue_.close()
     return f"{config.path}: {queued} queued, {failed} failed"
 
 

@@ -128,7 +128,7 @@ def test_a_broken_boto3(new_daemon):
 def test_a_missing_file(new_daemon):
     daemon = new_daemon(start=False)
     daemon.config.unlink()
-    assert "no such file" in wrong(daemon)
+    assert "No such file" in wrong(daemon)
 
 
 def test_without_a_token_only_loopback_is_listened_on(new_daemon):
