@@ -421,14 +421,13 @@ def read_webhook(body: bytes) -> list[Arrival | Rejected]:
     lists = [literal for name, _, literal in parts(text) if name == "alerts"]
     if len(lists) > 1:
         raise Malformed("alerts: there twice")
-    return [read_alert(literal, f"alerts[{i}]") for i, (_, _, literal) in enumerate(parts(lists[0]))]
+    return [read_alert(literal, f"alerts[{i}].") for i, (_, _, literal) in enumerate(parts(lists[0]))]
 
 
 def read_alert(text: str, place: str) -> Arrival | Rejected:
-    """One alert, given its text and, for messages, its place in the webhook."""
+    """One alert, given its text and, for messages, what comes before its members' names."""
     if not text.startswith("{"):
-        return Rejected(None, f"{place}: not an object")
-    place = f"{place}." if place else ""
+        return Rejected(None, f"{place.rstrip('.')}: not an object")
     found: dict[str, list[tuple[Any, str]]] = {"id": [], "created_at": []}
     for name, value, literal in parts(text):
         if name in found:
@@ -1112,10 +1111,7 @@ class ThreatStack(Upstream):
             self.connection = functools.partial(http.client.HTTPSConnection, context=tls)
 
     def get(self, path: str, id_: str | None = None) -> bytes:
-        """GET the API's `path`: the answer's bytes, checked to be JSON and to speak of alert `id_`.
-
-        Raises UpstreamError.
-        """
+        """The API's answer to GET `path`, checked to be JSON and to speak of alert `id_`. Raises UpstreamError."""
         headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Connection": "close"}
         headers["Authorization"] = self.config.api_key
         if self.config.organization_id:
@@ -1541,13 +1537,11 @@ class Server(socketserver.ThreadingTCPServer):
         self.lock = threading.Lock()  # for these two
         self.address_family, address = listen_address(config)
         try:
-            super().__init__(address, Handler, bind_and_activate=False)
-            self.server_bind()
+            super().__init__(address, Handler)
         except OSError as error:
             where = "{}: [server] listen = {}:{}".format(config.file, *config.listen)
             raise ConfigError(f"{where}: {error.strerror or error}") from None
         self.socket.setblocking(False)  # a client that left before `accept` must not block it
-        self.server_activate()
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection. Where there is no room or no file descriptor for it, the longest idle one goes."""
@@ -1731,8 +1725,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise too_large
                 with server.lock:
                     if server.receiving + n > ALL_BODIES:
-                        what = f"over {ALL_BODIES >> 20}M are being received"
-                        raise Refusal(503, "busy", what, {"Retry-After": "1"})
+                        raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
                     server.receiving += n
                     held += n
                 body += self.rfile.read(n)
