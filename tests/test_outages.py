@@ -31,7 +31,6 @@ API_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("killed", [False, True])
 def answer_with_errors(daemon):
     """What is said of five alerts, as soon as there is an error: until boto3 is imported nothing has been tried."""
 
@@ -43,6 +42,7 @@ def answer_with_errors(daemon):
     return until(ask)
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize(("mode", "type_"), API_FAULTS.items())
 def test_threat_stack_away(new_daemon, s3, api, mode, type_, killed):
     daemon = new_daemon(**QUICK)
