@@ -190,6 +190,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class Config(SimpleNamespace):
     """The options' values by name, and `file` (its path), `put_object` (texts by parameter), `credentials`, `tls`."""
 
+    def __repr__(self) -> str:
+        """Without the values: some are secrets."""
+        return f"Config({self.file!r})"
+
     def require(self, *names: str) -> None:
         """Raises ConfigError for the first of these options that is not set."""
         for option in OPTIONS:
@@ -568,7 +572,7 @@ class Queue:
         self._outcomes: dict[int, Outcome] = {}  # what is not on disk yet; these jobs are in _taken too
         self._waiting: dict[int, set[int]] = {}  # what each answer that waits still waits for
         self._refused = 0  # bytes of the last put, if there was no room for it
-        self._lock_file: io.BufferedWriter | None = None
+        self._lock_file: Any = io.BytesIO()
         self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
         self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
         try:
@@ -587,8 +591,7 @@ class Queue:
 
     def _keep_others_out(self) -> None:
         """Lock the queue for this process's life. The lock has a file of its own: SQLite's would be lost by closing."""
-        if self._lock_file:
-            self._lock_file.close()
+        self._lock_file.close()
         self._lock_file = open(self.path + ".lock", "ab")  # noqa: SIM115 - open for the process's life
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -993,9 +996,9 @@ class Queue:
         self.writer.join(seconds)
         if self.writer.is_alive():  # the disk hangs: all that was acknowledged is on it
             return
-        for db in (self._reader, self._db):
-            with contextlib.suppress(sqlite3.Error):
-                db.close()
+        for file in (self._reader, self._db, self._file, self._lock_file):
+            with contextlib.suppress(sqlite3.Error, OSError):
+                file.close()
 
 
 def is_malformed(error: BaseException | None) -> bool:
@@ -1724,6 +1727,12 @@ class Server(socketserver.ThreadingTCPServer):
         self.connections: set[Connection] = set()
         self.receiving = 0  # bytes of bodies that are being received
         self.lock = threading.Lock()  # for these two
+        self.parsing = threading.Lock()  # JSON costs a multiple of its body in memory, and one at a time is as fast
+        # A connection is a file, and what archives needs some too.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.room = min(config.max_connections, max(1, files - 64 - 2 * config.workers))
+        if self.room < config.max_connections:
+            log.warning("[server] max_connections is %d here: a process may open %d files", self.room, files)
         self.address_family, address = listen_address(config)
         try:
             super().__init__(address, Handler)
@@ -1750,7 +1759,7 @@ class Server(socketserver.ThreadingTCPServer):
                 self.shed()
                 time.sleep(0.05)  # the listening socket stays readable, and this loop would spin
             raise
-        if len(self.connections) >= self.config.max_connections and not self.shed():
+        if len(self.connections) >= self.room and not self.shed():
             sock.close()
             raise ConnectionAbortedError("there are max_connections, and all are being answered")
         if sock.family != socket.AF_UNIX:
@@ -1912,7 +1921,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @contextlib.contextmanager
     def body(self) -> Iterator[bytes]:
         """The request's body, counted among all that are being received until the caller has done. Raises Refusal."""
-        server, limit, body, held = self.server, self.server.config.max_body, bytearray(), 0
+        server, limit, pieces, held = self.server, self.server.config.max_body, [], 0
         too_large = Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
         if (self.length or 0) > limit:
             raise too_large
@@ -1927,8 +1936,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
                     server.receiving += n
                     held += n
-                body += self.rfile.read(n)
-                if len(body) < held:
+                pieces.append(self.rfile.read(n))
+                if len(pieces[-1]) < n:
                     raise ConnectionResetError("closed in the middle of a body")
                 if self.length is None and self.rfile.read(2) != b"\r\n":
                     raise Refusal(400, "malformed_request", "a chunk is longer than its size")
@@ -1936,7 +1945,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refusal(400, "malformed_request", "a trailer is malformed")
             self.unread = False
             self.request.since = math.inf
-            yield bytes(body)
+            pieces = [b"".join(pieces)]
+            yield pieces[0]
         finally:
             with server.lock:
                 server.receiving -= held
@@ -1990,7 +2000,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         problem = ""
         with self.body() as body:
             try:
-                for alert in read_webhook(body):
+                with self.server.parsing:
+                    alerts = read_webhook(body)
+                for alert in alerts:
                     states.append({"id": alert.id, "state": "archived"})
                     if isinstance(alert, Arrival):
                         arrivals.append(alert)
@@ -2094,7 +2106,7 @@ def serve(config: Config) -> int:
     threading.excepthook = lambda args: log.error("thread ended: %s", describe(args.exc_value or SystemExit()))
     os.umask(0o077)  # the queue holds what customers' alerts say
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is a file
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     queue_ = Queue(config.path, config.max_size, create=True)
     archiver = Archiver(config, queue_)
     server = Server(config, queue_, archiver)

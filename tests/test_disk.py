@@ -1,6 +1,7 @@
 """The queue's disk: full, failing, read-only or gone. Webhooks get 503, what is queued drains, and it all recovers."""
 
 import contextlib
+import errno
 import os
 import shutil
 import sqlite3
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import TOKEN, alert, until
+
+import ts3d
 
 MEGABYTE = 1 << 20
 
@@ -212,3 +215,26 @@ def test_a_queue_that_is_damaged_while_it_is_used_ends_the_daemon(new_daemon, s3
     daemon.start()
     assert daemon.logged("CRITICAL the queue was malformed")
     assert daemon.post({"alerts": [alert(0)]})[0] == 200
+
+
+def test_damage_is_believed_only_where_each_byte_can_be_read(tmp_path, monkeypatch):
+    """A sector that fails is damage to SQLite, and none to us."""
+    path = tmp_path / "queue.db"
+    queue = ts3d.Queue(str(path), 1 << 30, create=True)
+    for n in range(9):
+        queue.put([ts3d.Arrival(f"id-{n}", "2017/01/17/13/51", "webhooks", b"x" * 9000)])
+    queue.close()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(5 * 4096))
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        with pytest.raises(ts3d.ConfigError, match="Input/output error"):
+            ts3d.Queue(str(path), 1 << 30, create=True)
+    assert not list(tmp_path.glob("*malformed*"))
+    ts3d.Queue(str(path), 1 << 30, create=True).close()
+    assert list(tmp_path.glob("*malformed*"))

@@ -80,6 +80,7 @@ def assert_whole(s3, load):
 
 def drained(daemon, seconds=60):
     until(lambda: daemon.health()["queued"] == 0, seconds, "drained queue")
+    assert daemon.health()["failed"] == 0
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.long)])

@@ -1,0 +1,215 @@
+"""Clients that are slow, many or hungry: real webhooks are answered beside them, and memory stays bounded."""
+
+import contextlib
+import json
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import threatstack
+import trustme
+from conftest import AWS, TOKEN, alert, until
+
+import ts3d
+
+
+def peak(daemon):
+    """The most memory that it ever had, in bytes."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{daemon.process.pid}/status").read_text())[1]) << 10
+
+
+@contextlib.contextmanager
+def connections(daemon, count, data=b""):
+    with contextlib.ExitStack() as stack:
+        socks = []
+        for _ in range(count):
+            socks.append(stack.enter_context(socket.create_connection(daemon.address, 20)))
+            socks[-1].sendall(data)
+        yield socks
+
+
+@pytest.mark.parametrize("mode", ["-H", "-B"])
+def test_800_slow_connections_keep_nobody_waiting(new_daemon, mode):
+    """slowhttptest: headers, or a body behind the right token, a few bytes at a time."""
+    if not shutil.which("slowhttptest"):
+        pytest.skip("no slowhttptest")
+    daemon = new_daemon(server__wait="0", archive__workers="0")
+    url = "http://{}:{}/api/v1/s3/alert?token={}".format(*daemon.address, TOKEN)
+    command = [
+        "slowhttptest",
+        mode,
+        "-c",
+        "800",
+        "-r",
+        "800",
+        "-i",
+        "1",
+        "-l",
+        "60",
+        "-s",
+        "8192",
+        "-t",
+        "POST",
+        "-u",
+        url,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as attack:
+        fds = Path(f"/proc/{daemon.process.pid}/fd")
+        until(lambda: len(list(fds.iterdir())) > 700, what="attack")
+        for n in range(50):
+            assert daemon.post({"alerts": [alert(n)]})[0] == 200
+        attack.terminate()
+    assert daemon.health()["queued"] == 50
+    assert peak(daemon) < 150 << 20
+
+
+def test_more_connections_than_there_is_room_for(new_daemon):
+    """Each new one is served, at the cost of one that makes us wait for longer."""
+    daemon = new_daemon(server__max_connections="20", server__request_timeout="60", server__wait="0")
+    with connections(daemon, 100, b"POST /api/v1/s3/alert HTTP/1.1\r\n"):
+        for n in range(20):
+            assert daemon.post({"alerts": [alert(n)]})[0] == 200
+
+
+def test_no_room_while_all_are_being_answered(new_daemon, s3, api):
+    """Whoever waits for an answer is not cut off: the new one is."""
+    api.mode = "hang"
+    daemon = new_daemon(server__max_connections="3", server__wait="3", archive__workers="4")
+    data = json.dumps({"alerts": [alert(0)]}).encode()
+    head = f"POST /api/v1/s3/alert?token={TOKEN} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    with connections(daemon, 3, head + data) as socks:
+        until(lambda: len(s3.objects("webhooks/")) == 1)
+        with connections(daemon, 1) as (late,), contextlib.suppress(ConnectionResetError):
+            assert late.recv(100) == b""
+        for sock in socks:
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_file_descriptors_are_left_for_the_archive(new_daemon, s3):
+    """Where a process may open few files, connections do not take all of them."""
+    daemon = new_daemon(start=False, server__wait="10", server__request_timeout="60")
+    command = daemon.command
+    daemon.command = lambda *arguments: ["prlimit", "--nofile=160:160", *command(*arguments)]
+    daemon.start()
+    assert daemon.logged("max_connections is 64 here: a process may open 160 files")
+    with connections(daemon, 300):
+        answer = daemon.post({"alerts": [alert(n) for n in range(40)]})[1]
+        assert {state["state"] for state in answer["alerts"]} == {"archived"}
+    assert not daemon.logged("held")
+
+
+def test_handshakes_that_never_end(new_daemon, tmp_path):
+    authority = trustme.CA()
+    pem = tmp_path / "server.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
+    daemon = new_daemon(server__tls_certificate=pem, server__tls_key=pem, server__request_timeout="60")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    # A hello's beginning, and nothing at all.
+    with connections(daemon, 100, b"\x16\x03\x01\x02\x00"), connections(daemon, 100):
+        for _ in range(5):
+            plain = socket.create_connection(daemon.address, 20)
+            with context.wrap_socket(plain, server_hostname="localhost") as sock:
+                sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+HUNGRY = {
+    "empty lists": b"[" + b"[]," * (8_000_000 // 3 - 100) + b"1]",
+    "empty objects": b"[" + b"{}," * (8_000_000 // 3 - 100) + b"1]",
+    "short members": b"{" + b",".join(b'"%06x":{}' % n for n in range(660_000)) + b"}",
+    "wide text": '"{}"'.format("🔒" + "x" * 7_999_000).encode(),
+}
+
+
+@pytest.mark.parametrize("what", HUNGRY)
+def test_memory_is_bounded_whatever_is_sent(new_daemon, what):
+    """Bodies of 8M, the default bound, from eight clients with the token at once."""
+    daemon = new_daemon(server__wait="0", server__request_timeout="60", archive__workers="0")
+    body = b'{"id": "abcd", "created_at": 0, "more": %s}' % HUNGRY[what]
+    assert len(body) <= 8 << 20
+    statuses = []
+    clients = [threading.Thread(target=lambda: statuses.append(daemon.post(body)[0])) for _ in range(8)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    assert set(statuses) <= {200, 503}
+    assert 200 in statuses
+    print(f"{what}: {peak(daemon) >> 20}M")
+    assert peak(daemon) < 1 << 30
+
+
+def test_memory_is_bounded_without_the_token(new_daemon):
+    """1,024 connections, each with as many bytes of headers as are read."""
+    daemon = new_daemon(server__request_timeout="60", server__wait="0")
+    head = b"POST /api/v1/s3/alert HTTP/1.1\r\n" + b"A: %s\r\n" % (b"x" * 600) * 99
+    with connections(daemon, 1000, head):
+        assert daemon.post({"alerts": [alert(0)]})[0] == 200
+        print(f"{peak(daemon) >> 20}M")
+        assert peak(daemon) < 400 << 20
+
+
+def echo(handler):
+    """An upstream that quotes what it was sent, in its error."""
+    handler.send(500, "".join(f"{name}: {value}\n" for name, value in handler.headers.items()).encode())
+
+
+def test_secrets_are_nowhere(new_daemon, api, tmp_path):
+    """Whatever fails, at the most talkative level: in no line, answer, argument or repr, nor what `check` says."""
+    api.mode = echo
+    secrets = [
+        "first-webhook-token",
+        "second+webhook/token",
+        threatstack.KEY,
+        "metrics-token",
+        AWS["AWS_SECRET_ACCESS_KEY"],
+    ]
+    daemon = new_daemon(
+        server__webhook_token="\n  ".join(["", *tokens]),
+        server__metrics_token="metrics-token",
+        log__level="DEBUG",
+        s3__endpoint_url=api.url,
+    )
+    said = [daemon.run("check").stdout, daemon.run("check").stderr]
+    for token in tokens:
+        said.append(str(daemon.post({"alerts": [alert(0)]}, token)))
+        for data in (
+            f"POST /api/v1/s3/alert?token={token} HTTP/9.9\r\n\r\n",
+            f"POST /api/v1/s3/alert?token={token}\r\n\r\n",
+            f"POST /api/v1/s3/alert?token={token} \x01 HTTP/1.1\r\n\r\n",
+            f"POST /{token} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+            f"{token} / HTTP/1.1\r\nHost: x\r\n\r\n",
+            f"GET /healthz HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer {token}\r\n\r\n",
+            f"GET /healthz HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer\r\n {token}\r\n\r\n",
+            f"POST /api/v1/s3/alert HTTP/1.1\r\nHost: {token}\r\nAuthorization: Basic {token}\r\n\r\n",
+            f"POST /api/v1/s3/alert?token=x{token} HTTP/1.1\r\nHost: x\r\n{token}: {token}\r\n\r\n",
+        ):
+            with socket.create_connection(daemon.address, 20) as sock:
+                sock.sendall(data.encode())
+                sock.shutdown(socket.SHUT_WR)
+                said.append(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
+    until(lambda: daemon.logged("Threat Stack: 500|S3: .*500|s3 is held"))
+    process = Path(f"/proc/{daemon.process.pid}")
+    said.append((process / "cmdline").read_text())
+    daemon.stop()
+    said.append(daemon.log())
+    said.append(repr(ts3d.load_config(str(daemon.config))))
+    assert [(secret, text) for secret in secrets for text in said if secret in text] == []
+
+
+def test_an_empty_token_never_matches(new_daemon):
+    daemon = new_daemon()
+    for path, headers in (
+        ("?token=", {}),
+        ("?token", {}),
+        ("", {"Authorization": "Bearer "}),
+        ("", {"Authorization": "Bearer"}),
+        ("?token=&token=", {"Authorization": ""}),
+    ):
+        assert daemon.request("POST", "/api/v1/s3/alert" + path, b"{}", headers)[0] == 401
