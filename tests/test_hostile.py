@@ -163,13 +163,8 @@ def echo(handler):
 def test_secrets_are_nowhere(new_daemon, api, tmp_path):
     """Whatever fails, at the most talkative level: in no line, answer, argument or repr, nor what `check` says."""
     api.mode = echo
-    secrets = [
-        "first-webhook-token",
-        "second+webhook/token",
-        threatstack.KEY,
-        "metrics-token",
-        AWS["AWS_SECRET_ACCESS_KEY"],
-    ]
+    tokens = ["first-webhook-token", "second+webhook/token"]
+    secrets = [*tokens, "metrics-token", threatstack.KEY, AWS["AWS_SECRET_ACCESS_KEY"]]
     daemon = new_daemon(
         server__webhook_token="\n  ".join(["", *tokens]),
         server__metrics_token="metrics-token",
