@@ -568,12 +568,26 @@ class Write:
         self.finished = threading.Event()
 
 
+class Outcome(NamedTuple):
+    """What became of a job that goes back into the queue: the columns that are written."""
+
+    step: str
+    tries: int
+    waited: float
+    due: float
+    error: str | None
+    failed: bool
+
+
 class Queue:
     """Jobs on disk: put, wait, take, release, body, retry, done, states, counts, prove_writable, close.
 
     One thread writes: what waits to be written at one moment is one transaction and one fsync. A job that was taken
     is remembered in memory only, so that after a crash it is due again at once. `due` is a time of the monotonic
     clock, which a clock that is set does not move, and which means nothing to the next process: there all are due.
+
+    A disk that refuses writes refuses webhooks, but does not halt the archive: what became of the jobs meanwhile is
+    kept in memory, and written by the first transaction that succeeds.
     """
 
     SCHEMA = """
@@ -594,6 +608,8 @@ class Queue:
         PRAGMA user_version = 1;"""
     VERSION = 1
     WAL_PAGES = 4 << 20  # bytes of write-ahead log after which it is copied into the file
+    MAX_OUTCOMES = 10_000  # that wait for the disk, before no more jobs are taken
+    BUSY = 10.0  # seconds to wait for another process's transaction
 
     def __init__(self, path: str, max_size: int, create: bool = False) -> None:
         """Open the queue; `create` (the daemon) makes it where it is missing and keeps other daemons out.
@@ -603,10 +619,12 @@ class Queue:
         self.path, self.max_size = path, max_size
         self.trouble: str | None = None  # why the last transaction failed
         self.malformed = False  # SQLite says so: the daemon ends, and the next start moves the file aside
-        self._lock = threading.Condition()  # for _reader, _taken and _waiting
+        self._lock = threading.Condition()  # for _reader, _taken, _outcomes and _waiting
         self._taken: set[int] = set()
+        self._outcomes: dict[int, Outcome | None] = {}  # of jobs: not on disk yet; None where a job is done
         self._waiting: dict[int, set[int]] = {}  # what each answer that waits still waits for
         self._refused = 0  # bytes of the last put, if there was no room for it
+        self._lock_file: io.BufferedWriter | None = None
         self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
         self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
         try:
@@ -620,12 +638,14 @@ class Queue:
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror} ([queue] path)") from None
         self._inbox: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write_all, name="queue", daemon=True)
-        self._writer.start()
+        self.writer = threading.Thread(target=self._write_all, name="queue", daemon=True)
+        self.writer.start()
 
     def _keep_others_out(self) -> None:
         """Lock the queue for this process's life. The lock has a file of its own: SQLite's would be lost by closing."""
-        self._lock_file = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self._lock_file:
+            self._lock_file.close()
+        self._lock_file = open(self.path + ".lock", "ab")  # noqa: SIM115 - open for the process's life
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -641,7 +661,8 @@ class Queue:
                 what = f"made by a newer ts3d (version {version})" if version else "some other SQLite file"
                 raise ConfigError(f"{self.path}: {what} ([queue] path)")
             if create:
-                self._db.execute("PRAGMA journal_mode = WAL").close()
+                if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+                    raise ConfigError(f"{self.path}: this file system does not carry SQLite's WAL ([queue] path)")
                 if version == 0:
                     self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
                 problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -656,16 +677,19 @@ class Queue:
             self._move_aside(" ".join(str(error).split()))
             return self._open(create)
         self._reader = self._connect("rw")
+        self._db.execute("PRAGMA busy_timeout = 0").close()  # _begin waits
         for db in (self._db, self._reader):
             db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
             # SQLite before 3.51.3 can lose a commit that races with a checkpoint ("the WAL-reset bug"), so only
             # _checkpoint does any.
             db.execute("PRAGMA wal_autocheckpoint = 0").close()
             db.execute(f"PRAGMA journal_size_limit = {self._checkpoint_at}").close()
+        self._reader.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
+        self._files = self._identities()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"file:{urllib.parse.quote(self.path)}?mode={mode}"
-        return sqlite3.connect(uri, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(uri, uri=True, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
 
     def _move_aside(self, problem: str) -> None:
         suffix = f".malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
@@ -719,25 +743,47 @@ class Queue:
         return db.execute(sql, row).lastrowid or 0
 
     def done(self, job: Job) -> None:
-        """Forget a job: all of it is in S3. Raises QueueError."""
-        self._write(lambda db: db.execute("DELETE FROM jobs WHERE number = ?", (job.number,)))
-        with self._lock:
-            self._taken.discard(job.number)
-            for numbers in self._waiting.values():
-                numbers.discard(job.number)
-            if self._waiting:
-                self._lock.notify_all()
+        """Forget a job: all of it is in S3."""
+        self._settle(job, None)
 
     def retry(self, job: Job, due: float = 0, error: str | None = None, failed: bool = False) -> None:
         """Give back a job with its step, tries and `waited` noted, to be taken again from `due` (monotonic clock) on.
 
         `error` is what it failed for, None if it did not; `failed` sets it aside, until it is asked for again.
-        Raises QueueError.
         """
-        sql = "UPDATE jobs SET step = ?, tries = ?, waited = ?, due = ?, error = ?, failed = ? WHERE number = ?"
-        values = (job.step, job.tries, job.waited, due, error, failed, job.number)
-        self._write(lambda db: db.execute(sql, values))
-        self.release(job)
+        self._settle(job, Outcome(job.step, job.tries, job.waited, due, error, failed))
+
+    def _settle(self, job: Job, outcome: Outcome | None) -> None:
+        """Have the next transaction write the outcome, and wait for it. The job stays taken until one has."""
+        with self._lock:
+            self._outcomes[job.number] = outcome
+        with contextlib.suppress(QueueError):
+            self._write(lambda db: None)
+
+    def _write_outcomes(self, outcomes: dict[int, Outcome | None]) -> None:
+        update = "UPDATE jobs SET step = ?, tries = ?, waited = ?, due = ?, error = ?, failed = ? WHERE number = ?"
+        for number, outcome in outcomes.items():
+            if outcome:
+                self._db.execute(update, (*outcome, number))
+            else:
+                self._db.execute("DELETE FROM jobs WHERE number = ?", (number,))
+
+    def _forget_outcomes(self, outcomes: dict[int, Outcome | None]) -> None:
+        """They are on disk: the jobs can be taken again, and answers wait no longer for those that are done."""
+        with self._lock:
+            for number, outcome in outcomes.items():
+                del self._outcomes[number]
+                self._taken.discard(number)
+                for numbers in self._waiting.values() if outcome is None else ():
+                    numbers.discard(number)
+            if outcomes and self._waiting:
+                self._lock.notify_all()
+
+    def catch_up(self) -> None:
+        """Try to write what the disk refused, if there is any."""
+        if self._outcomes:
+            with contextlib.suppress(QueueError):
+                self._write(lambda db: None)
 
     def wait(
         self, numbers: list[int], seconds: float, hopeless: Callable[[], bool]
@@ -774,6 +820,8 @@ class Queue:
 
     def _make_sure_of_room(self, db: sqlite3.Connection, bytes_: int) -> None:
         """Raises QueueError unless `bytes_` more leave the queue within max_size and the disk its reserve."""
+        if self._lost():
+            raise QueueError(f"the queue's file is gone from {self.path}")
         pages, free, page = (
             db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_count", "freelist_count", "page_size")
         )
@@ -783,7 +831,8 @@ class Queue:
         if (pages - free) * page + wal + bytes_ > self.max_size:
             raise QueueError(f"the queue is full: [queue] max_size is {self.max_size} bytes")
         disk = os.statvfs(os.path.dirname(self.path))
-        if disk.f_bavail * disk.f_frsize < HOLD_BACK + bytes_:
+        # The file's free pages are room too: it does not shrink when the queue has been drained.
+        if disk.f_bavail * disk.f_frsize + free * page < HOLD_BACK + bytes_:
             raise QueueError(f"the queue's disk has less than {HOLD_BACK >> 20}M free")
 
     def _write(self, run: Callable[[sqlite3.Connection], T]) -> T:
@@ -808,13 +857,18 @@ class Queue:
 
     def _commit(self, writes: list[Write]) -> None:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
+            with self._lock:
+                outcomes = self._outcomes.copy()
+            self._reopen_if_lost()
+            self._begin()
+            self._write_outcomes(outcomes)
             for write in writes:
                 try:
                     write.result = write.run(self._db)
                 except QueueError as error:  # refuses this one, before it changed anything
                     write.error = error
             self._db.execute("COMMIT")
+            self._forget_outcomes(outcomes)
             self._note_trouble(None)
         except Exception as error:  # whatever it is, it must reach those who wait, and the next transaction be tried
             with contextlib.suppress(sqlite3.Error):
@@ -824,8 +878,23 @@ class Queue:
                 write.error = QueueError(f"the queue cannot be written: {error}")
         for write in writes:
             write.finished.set()
-        if file_size(self.path + "-wal") > self._checkpoint_at:
-            self._checkpoint()
+        self._checkpoint()
+
+    def _begin(self) -> None:
+        """Begin a transaction that writes, once no other process is in one.
+
+        SQLite's own waiting looks every 100 ms in the end, and would find the lock taken each time by a process that
+        writes without a pause.
+        """
+        deadline = time.monotonic() + self.BUSY
+        while True:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0.0005, 0.003))
 
     def _note_trouble(self, error: Exception | None) -> None:
         """Log once when the file begins to fail, and once when it works again."""
@@ -837,17 +906,49 @@ class Queue:
         self.malformed = self.malformed or is_malformed(error)
 
     def _checkpoint(self) -> None:
-        """Copy the write-ahead log into the file, while the write lock keeps every other process from committing."""
+        """Copy a write-ahead log that has grown into the file, while the write lock keeps others from committing."""
         try:
-            self._db.execute("BEGIN IMMEDIATE")
+            if file_size(self.path + "-wal") <= self._checkpoint_at:
+                return
+            self._begin()
             try:
                 with self._lock:
                     row = self._reader.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                 self._wal_stuck = row[1] != row[2]  # pages in the log, pages copied
             finally:
                 self._db.execute("ROLLBACK")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self._note_trouble(error)
+
+    def _reopen_if_lost(self) -> None:
+        """Begin a new queue where the file is gone from its place and no job is left in it.
+
+        An open file outlives its name: what is in it is archived, but the next process would not find it.
+        """
+        if not self._lost() or self._db.execute("SELECT 1 FROM jobs LIMIT 1").fetchone():
+            return
+        with self._lock:
+            lost = self._db, self._reader
+            try:
+                self._keep_others_out()
+                self._open(create=True)
+            except (OSError, sqlite3.Error, ConfigError):  # its folder may be gone too, or its disk
+                self._db, self._reader = lost
+                return
+        for db in lost:
+            db.close()
+        log.warning("the queue's file was gone: a new one begins at %s", self.path)
+
+    def _lost(self) -> bool:
+        """Whether another file, or none, is where one of the open ones was."""
+        try:
+            return self._files != self._identities()
+        except OSError:
+            return True
+
+    def _identities(self) -> list[tuple[int, int]]:
+        stats = [os.stat(self.path + part) for part in ("", "-wal", "-shm")]
+        return [(stat.st_dev, stat.st_ino) for stat in stats]
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -869,6 +970,8 @@ class Queue:
             "WHERE failed = 0 AND step = ? AND due <= ? ORDER BY due, number LIMIT ?"
         )
         with self._lock:
+            if len(self._outcomes) > self.MAX_OUTCOMES:
+                return []
             now, limit = time.monotonic(), n + len(self._taken)
             rows = [row for step in steps for row in self._read(sql, step, now, limit) if row[1] not in self._taken]
             jobs = [Job(*row[1:]) for row in sorted(rows)[:n]]
@@ -877,7 +980,7 @@ class Queue:
 
     def taken(self) -> int:
         """How many jobs are taken and not given back."""
-        return len(self._taken)
+        return len(self._taken) - len(self._outcomes)
 
     def release(self, job: Job) -> None:
         """Give back a job with which nothing was done."""
@@ -908,8 +1011,8 @@ class Queue:
     def close(self, seconds: float = 30) -> None:
         """Write what waits, for `seconds` at most, and close: the last to close empties the write-ahead log."""
         self._inbox.put(None)
-        self._writer.join(seconds)
-        if self._writer.is_alive():  # the disk hangs: all that was acknowledged is on it
+        self.writer.join(seconds)
+        if self.writer.is_alive():  # the disk hangs: all that was acknowledged is on it
             return
         for db in (self._reader, self._db):
             with contextlib.suppress(sqlite3.Error):
@@ -944,10 +1047,12 @@ class UpstreamError(Exception):
 
     `scope`: "all" holds the upstream at once; "some" does when it strikes two different alerts; "alert" says that
     the upstream works and this alert is the trouble. `retry_after`: seconds. `longest` is filled in by Upstream.call:
-    the longest pause in seconds before the alert's next try, None where the upstream is held.
+    the longest pause in seconds before the alert's next try, None where the upstream is held. `doubtful`: the upstream
+    that the alert failed at, where nothing says whether it works for others.
     """
 
     longest: float | None = LONGEST_PAUSE
+    doubtful: "Upstream | None" = None
 
     def __init__(self, upstream: str, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> None:
         super().__init__(printable(redact(text))[:500])
@@ -1051,8 +1156,8 @@ class Upstream:
                 if not stale:
                     # Unless it has worked for others since this alert failed last (or at all), nothing says that
                     # this alert is the trouble, so it is tried again as soon as a held upstream is probed.
-                    proven = self._worked and self._suspect != number
-                    error.longest = LONGEST_PAUSE if proven else PROBE_PAUSE
+                    if not self._worked or self._suspect == number:
+                        error.longest, error.doubtful = PROBE_PAUSE, self
                     self._suspect = number
                 return
             began = not self.hold
@@ -1077,6 +1182,18 @@ class Upstream:
         if silent < 0.5:
             return None
         return self.error("silent", f"no answer yet for {silent:.1f} s")
+
+    def check(self) -> str:
+        """Make the cheapest call there is; what it proves, in words. Raises UpstreamError."""
+        raise NotImplementedError
+
+    def is_away(self) -> bool:
+        """Whether that call fails too: then an outage is the trouble of an alert that failed, which is not given up."""
+        try:
+            self.check()
+        except UpstreamError:
+            return True
+        return False
 
     def error(self, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> UpstreamError:
         """An UpstreamError of this upstream."""
@@ -1263,7 +1380,7 @@ class ThreatStack(Upstream):
         return body
 
     def check(self) -> str:
-        """Make the cheapest authorized call; what it proves, in words. Raises UpstreamError."""
+        """Ask for a list of one alert."""
         self.get("/alerts?count=1")
         return f"{self.config.base_url} takes the key"
 
@@ -1301,6 +1418,8 @@ class S3(Upstream):
                     import botocore.exceptions
                 except ImportError as error:
                     raise ConfigError(f"boto3 cannot be imported: {error}") from None
+                except OSError as error:  # files are used up, or the disk fails
+                    raise self.error("not_loaded", f"boto3 cannot be loaded: {error}", "all") from None
                 try:
                     client = boto3.session.Session().client(
                         "s3",
@@ -1313,7 +1432,7 @@ class S3(Upstream):
                             retries={"mode": "standard", "total_max_attempts": 2},  # the queue does the rest
                         ),
                     )
-                except botocore.exceptions.BotoCoreError as error:
+                except (botocore.exceptions.BotoCoreError, OSError) as error:
                     raise self.error(type(error).__name__, str(error), "all") from None
                 except ValueError as error:
                     raise ConfigError(f"{self.config.file}: [s3] {error}") from None
@@ -1382,7 +1501,7 @@ class S3(Upstream):
                 scope = "alert"  # another writer is at the same key
             headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
             raise self.error(code, str(error), scope, retry_after(headers)) from None
-        except botocore.exceptions.BotoCoreError as error:
+        except (botocore.exceptions.BotoCoreError, OSError) as error:
             passing = (
                 botocore.exceptions.ReadTimeoutError,
                 botocore.exceptions.ConnectionClosedError,
@@ -1393,7 +1512,7 @@ class S3(Upstream):
             raise self.error(type(error).__name__, str(error), scope) from None
 
     def check(self) -> str:
-        """Write the object that `check` always writes; what it proves, in words. Raises UpstreamError, ConfigError."""
+        """Write the object that `ts3d check` writes too, always the same. Raises ConfigError too."""
         self.put("ts3d-check", b'{"written by": "ts3d check"}\n', "application/json")
         return f"s3://{self.config.bucket}/{self.key('ts3d-check')} is written"
 
@@ -1487,7 +1606,7 @@ class Archiver:
         while not self.stopping.is_set():
             self.wake.clear()
             try:
-                # Alerts that were begun come first. Other processes put jobs too, so look every second.
+                # Alerts that were begun come first.
                 for upstreams in ((self.threatstack, self.s3), (self.s3,)):
                     n = 2 * self.config.workers - self.queue.taken()
                     for upstream in upstreams:
@@ -1500,7 +1619,8 @@ class Archiver:
                             self._jobs.put(job)
             except QueueError:
                 pass  # logged when it began
-            self.wake.wait(1)
+            self.queue.catch_up()
+            self.wake.wait()
 
     def _work(self) -> None:
         while job := self._jobs.get():
@@ -1513,7 +1633,7 @@ class Archiver:
                 self.queue.release(job)
             except QueueError:  # its body cannot be read now: logged when that began
                 self.queue.release(job)
-                self.stopping.wait(1)
+                time.sleep(1)
             except Exception as error:  # a bug: a worker that died would take its share of the archive with it
                 self._put_off(job, UpstreamError("internal", "error", f"internal error: {describe(error)}"), 0)
             finally:
@@ -1528,12 +1648,12 @@ class Archiver:
             while step:
                 job.step = step
                 if self.stopping.is_set() or not self._may_begin(job):
-                    return self.queue.release(job) if step == first else self._settle(self.queue.retry, job)
+                    return self.queue.release(job) if step == first else self.queue.retry(job)
                 keys.append(self._write_object(job))
                 step = OBJECTS[step].then
         except UpstreamError as error:
             return self._put_off(job, error, time.monotonic() - started)
-        self._settle(self.queue.done, job)
+        self.queue.done(job)
         age = max(0.0, time.time() - job.received)
         log.info("archived id=%s tries=%d seconds=%.3f keys=%s", job.id, job.tries + 1, age, ",".join(keys))
 
@@ -1562,28 +1682,20 @@ class Archiver:
         text, now = json.dumps(error.as_json()), time.monotonic()
         if error.longest is None:
             # Due at once when the hold ends, but after all that have not failed: the probe is never the last to fail.
-            return self._settle(self.queue.retry, job, now, text)
+            return self.queue.retry(job, now, text)
         limit = self.config.give_up_after
         if error.type == "threatstack_not_found":
             limit = min(limit, NOT_FOUND_FOR)
         job.tries += 1
         job.waited += seconds
-        if job.waited >= limit:
+        if job.waited >= limit and not (error.doubtful and error.doubtful.is_away()):
             log.error("alert %s failed for good after %d tries: %s", job.id, job.tries, error)
-            return self._settle(self.queue.retry, job, now, text, True)
-        pause = max(min(backoff(job.tries, error.longest), limit - job.waited), error.retry_after)
+            return self.queue.retry(job, now, text, True)
+        left = max(0.0, limit - job.waited) or PROBE_PAUSE
+        pause = max(min(backoff(job.tries, error.longest), left), error.retry_after)
         job.waited += pause
         log.warning("alert %s: %s; try %d follows in %.1f s", job.id, error, job.tries + 1, pause)
-        self._settle(self.queue.retry, job, now + pause, text)
-
-    def _settle(self, write: Callable[..., None], *args: Any) -> None:
-        """Write a job's outcome. While the disk refuses, the worker keeps the job: it must not be archived again."""
-        while True:
-            try:
-                return write(*args)
-            except QueueError:
-                if self.stopping.wait(1):
-                    return
+        self.queue.retry(job, now + pause, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1665,6 +1777,15 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConfigError(f"{where}: {error.strerror or error}") from None
         self.socket.setblocking(False)  # a client that left before `accept` must not block it
         self.server_activate()
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """As socketserver's, also after a `poll` that failed: poll(2) may want for memory."""
+        while not self.stopping:
+            try:
+                return super().serve_forever(poll_interval)
+            except OSError as error:
+                log.error("waiting for connections: %s", error)
+                time.sleep(poll_interval)
 
     def server_bind(self) -> None:
         """As TCPServer's: HTTPServer's asks DNS for this host's name."""
@@ -2068,7 +2189,7 @@ def serve(config: Config) -> int:
     queue_ = Queue(config.path, config.max_size, create=True)
     archiver = Archiver(config, queue_)
     server = Server(config, queue_, archiver)
-    acceptor = threading.Thread(target=server.serve_forever, args=(0.1,), name="acceptor", daemon=True)
+    acceptor = threading.Thread(target=server.serve_forever, name="acceptor", daemon=True)
     acceptor.start()
     host, port = str(server.server_address[0]), server.server_address[1]
     target = f"archiving to s3://{config.bucket}/{config.prefix}" if config.workers else "only receiving"
@@ -2078,9 +2199,13 @@ def serve(config: Config) -> int:
     archiver.start()
     problem: Exception | None = None
     while not (problem or signal.sigtimedwait(stop_signals, 1)):
+        # What sleeps looks again now and then. This is the one timer: before Python 3.11 a wait for a lock with a
+        # time-out of its own goes by the wall clock, and one that is set back would make it wait for as long.
+        archiver.wake.set()
+        queue_.stir()
         if queue_.malformed:
             problem = QueueError("the queue is malformed: the next start moves it aside")
-        elif not all(thread.is_alive() for thread in (acceptor, *archiver.threads)):
+        elif not all(thread.is_alive() for thread in (acceptor, queue_.writer, *archiver.threads)):
             problem = RuntimeError("a thread has ended")
         else:
             problem = archiver.fatal
