@@ -49,7 +49,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
@@ -568,15 +568,16 @@ class Write:
         self.finished = threading.Event()
 
 
-class Outcome(NamedTuple):
-    """What became of a job that goes back into the queue: the columns that are written."""
+@dataclass
+class Outcome:
+    """What became of a job that was taken: it is done, or it goes back into the queue, or it has failed."""
 
-    step: str
-    tries: int
-    waited: float
-    due: float
-    error: str | None
-    failed: bool
+    job: Job
+    done: bool
+    due: float = 0
+    error: str | None = None
+    failed: bool = False
+    refused: bool = False  # by the disk
 
 
 class Queue:
@@ -586,8 +587,8 @@ class Queue:
     is remembered in memory only, so that after a crash it is due again at once. `due` is a time of the monotonic
     clock, which a clock that is set does not move, and which means nothing to the next process: there all are due.
 
-    A disk that refuses writes refuses webhooks, but does not halt the archive: what became of the jobs meanwhile is
-    kept in memory, and written by the first transaction that succeeds.
+    A disk that refuses writes refuses webhooks, but does not halt the archive: what became of a job stays in memory
+    until a transaction succeeds, and the job goes on from there.
     """
 
     SCHEMA = """
@@ -618,10 +619,11 @@ class Queue:
         """
         self.path, self.max_size = path, max_size
         self.trouble: str | None = None  # why the last transaction failed
-        self.malformed = False  # SQLite says so: the daemon ends, and the next start moves the file aside
+        self._suspect = False  # SQLite says that the file is malformed
+        self._broken = False  # the connections are of no use any more
         self._lock = threading.Condition()  # for _reader, _taken, _outcomes and _waiting
         self._taken: set[int] = set()
-        self._outcomes: dict[int, Outcome | None] = {}  # of jobs: not on disk yet; None where a job is done
+        self._outcomes: dict[int, Outcome] = {}  # what is not on disk yet; these jobs are in _taken too
         self._waiting: dict[int, set[int]] = {}  # what each answer that waits still waits for
         self._refused = 0  # bytes of the last put, if there was no room for it
         self._lock_file: io.BufferedWriter | None = None
@@ -653,29 +655,24 @@ class Queue:
 
     def _open(self, create: bool) -> None:
         """Open the file, moving it aside and starting anew where it is malformed and this is the daemon."""
+        if create and os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                damage = self._look_for_damage(file)
+            if damage:
+                self._move_aside(damage)
         self._db = self._connect("rwc" if create else "rw")
-        try:
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if version > self.VERSION or (version == 0 and tables):
-                what = f"made by a newer ts3d (version {version})" if version else "some other SQLite file"
-                raise ConfigError(f"{self.path}: {what} ([queue] path)")
-            if create:
-                if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-                    raise ConfigError(f"{self.path}: this file system does not carry SQLite's WAL ([queue] path)")
-                if version == 0:
-                    self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
-                problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-                if problem != "ok":
-                    raise sqlite3.DatabaseError(problem)
-                # A new process has a new monotonic clock, and what was taken by the old one is due again.
-                self._db.execute("UPDATE jobs SET due = 0 WHERE failed = 0 AND due > 0")
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            if not (create and is_malformed(error)):
-                raise
-            self._move_aside(" ".join(str(error).split()))
-            return self._open(create)
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if version > self.VERSION or (version == 0 and tables):
+            what = f"made by a newer ts3d (version {version})" if version else "some other SQLite file"
+            raise ConfigError(f"{self.path}: {what} ([queue] path)")
+        if create:
+            if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+                raise ConfigError(f"{self.path}: this file system does not carry SQLite's WAL ([queue] path)")
+            if version == 0:
+                self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
+            # A new process has a new monotonic clock, and what was taken by the old one is due again.
+            self._db.execute("UPDATE jobs SET due = 0 WHERE failed = 0 AND due > 0")
         self._reader = self._connect("rw")
         self._db.execute("PRAGMA busy_timeout = 0").close()  # _begin waits
         for db in (self._db, self._reader):
@@ -686,6 +683,38 @@ class Queue:
             db.execute(f"PRAGMA journal_size_limit = {self._checkpoint_at}").close()
         self._reader.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
         self._files = self._identities()
+        # For a look at its bytes. It stays open: closing any of a file's descriptors drops SQLite's locks (fcntl(2)).
+        self._file = open(self.path, "rb")  # noqa: SIM115
+
+    def _look_for_damage(self, file: io.BufferedReader) -> str | None:
+        """What SQLite finds malformed in the queue, None for nothing. Raises OSError, sqlite3.Error.
+
+        A read that failed is damage to SQLite (SQLITE_IOERR_CORRUPTFS). So it is believed only where each byte of
+        `file`, the queue's, can be read, and where it says so twice.
+        """
+        damage = None
+        for _ in range(2):
+            at = 0
+            while data := os.pread(file.fileno(), 1 << 20, at):
+                at += len(data)
+            try:
+                with contextlib.closing(self._connect("rw")) as db:
+                    damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            except sqlite3.DatabaseError as error:
+                if not is_malformed(error):
+                    raise
+                damage = str(error)
+            if damage == "ok":
+                return None
+        return " ".join(str(damage).split())
+
+    def damage(self) -> str | None:
+        """What is malformed in the queue, if SQLite said that anything is, and says it again."""
+        if self._suspect:
+            self._suspect = False
+            with contextlib.suppress(OSError, sqlite3.Error):
+                return self._look_for_damage(self._file)
+        return None
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"file:{urllib.parse.quote(self.path)}?mode={mode}"
@@ -744,37 +773,44 @@ class Queue:
 
     def done(self, job: Job) -> None:
         """Forget a job: all of it is in S3."""
-        self._settle(job, None)
+        self._settle(Outcome(replace(job), done=True))
 
     def retry(self, job: Job, due: float = 0, error: str | None = None, failed: bool = False) -> None:
         """Give back a job with its step, tries and `waited` noted, to be taken again from `due` (monotonic clock) on.
 
         `error` is what it failed for, None if it did not; `failed` sets it aside, until it is asked for again.
         """
-        self._settle(job, Outcome(job.step, job.tries, job.waited, due, error, failed))
+        self._settle(Outcome(replace(job, probe=False, seated=False), False, due, error, failed))
 
-    def _settle(self, job: Job, outcome: Outcome | None) -> None:
-        """Have the next transaction write the outcome, and wait for it. The job stays taken until one has."""
+    def _settle(self, outcome: Outcome) -> None:
+        """Have the next transaction write the outcome, and wait for it."""
         with self._lock:
-            self._outcomes[job.number] = outcome
-        with contextlib.suppress(QueueError):
+            self._outcomes[outcome.job.number] = outcome
+        try:
             self._write(lambda db: None)
+        except QueueError:
+            outcome.refused = True
 
-    def _write_outcomes(self, outcomes: dict[int, Outcome | None]) -> None:
+    def _write_outcomes(self, outcomes: list[Outcome]) -> None:
         update = "UPDATE jobs SET step = ?, tries = ?, waited = ?, due = ?, error = ?, failed = ? WHERE number = ?"
-        for number, outcome in outcomes.items():
-            if outcome:
-                self._db.execute(update, (*outcome, number))
+        for outcome in outcomes:
+            job = outcome.job
+            if outcome.done:
+                self._db.execute("DELETE FROM jobs WHERE number = ?", (job.number,))
             else:
-                self._db.execute("DELETE FROM jobs WHERE number = ?", (number,))
+                values = (job.step, job.tries, job.waited, outcome.due, outcome.error, outcome.failed, job.number)
+                self._db.execute(update, values)
 
-    def _forget_outcomes(self, outcomes: dict[int, Outcome | None]) -> None:
+    def _forget_outcomes(self, outcomes: list[Outcome]) -> None:
         """They are on disk: the jobs can be taken again, and answers wait no longer for those that are done."""
         with self._lock:
-            for number, outcome in outcomes.items():
+            for outcome in outcomes:
+                number = outcome.job.number
+                if self._outcomes.get(number) is not outcome:
+                    continue  # taken again meanwhile
                 del self._outcomes[number]
                 self._taken.discard(number)
-                for numbers in self._waiting.values() if outcome is None else ():
+                for numbers in self._waiting.values() if outcome.done else ():
                     numbers.discard(number)
             if outcomes and self._waiting:
                 self._lock.notify_all()
@@ -858,8 +894,9 @@ class Queue:
     def _commit(self, writes: list[Write]) -> None:
         try:
             with self._lock:
-                outcomes = self._outcomes.copy()
-            self._reopen_if_lost()
+                outcomes = list(self._outcomes.values())
+            if self._broken or (self._lost() and not self._db.execute("SELECT 1 FROM jobs LIMIT 1").fetchone()):
+                self._reopen()
             self._begin()
             self._write_outcomes(outcomes)
             for write in writes:
@@ -903,7 +940,9 @@ class Queue:
         elif self.trouble and not error:
             log.warning("the queue works again")
         self.trouble = str(error) if error else None
-        self.malformed = self.malformed or is_malformed(error)
+        self._suspect = self._suspect or is_malformed(error)
+        # An unlock that failed has left SQLite a lock in memory that nobody holds: only closing frees it.
+        self._broken = self._broken or "locking protocol" in str(error)
 
     def _checkpoint(self) -> None:
         """Copy a write-ahead log that has grown into the file, while the write lock keeps others from committing."""
@@ -920,27 +959,22 @@ class Queue:
         except (sqlite3.Error, OSError) as error:
             self._note_trouble(error)
 
-    def _reopen_if_lost(self) -> None:
-        """Begin a new queue where the file is gone from its place and no job is left in it.
+    def _reopen(self) -> None:
+        """Open the queue again, or a new one where its file is gone and drained. Raises OSError, sqlite3.Error."""
+        with self._lock:
+            self._broken = True  # until all of this has worked
+            for file in (self._db, self._reader, self._file):
+                file.close()
+            self._keep_others_out()
+            self._open(create=True)
+            self._broken = False
+        log.warning("the queue was opened anew")
+
+    def _lost(self) -> bool:
+        """Whether another file, or none, is where one of the open ones was.
 
         An open file outlives its name: what is in it is archived, but the next process would not find it.
         """
-        if not self._lost() or self._db.execute("SELECT 1 FROM jobs LIMIT 1").fetchone():
-            return
-        with self._lock:
-            lost = self._db, self._reader
-            try:
-                self._keep_others_out()
-                self._open(create=True)
-            except (OSError, sqlite3.Error, ConfigError):  # its folder may be gone too, or its disk
-                self._db, self._reader = lost
-                return
-        for db in lost:
-            db.close()
-        log.warning("the queue's file was gone: a new one begins at %s", self.path)
-
-    def _lost(self) -> bool:
-        """Whether another file, or none, is where one of the open ones was."""
         try:
             return self._files != self._identities()
         except OSError:
@@ -970,12 +1004,15 @@ class Queue:
             "WHERE failed = 0 AND step = ? AND due <= ? ORDER BY due, number LIMIT ?"
         )
         with self._lock:
-            if len(self._outcomes) > self.MAX_OUTCOMES:
-                return []
             now, limit = time.monotonic(), n + len(self._taken)
-            rows = [row for step in steps for row in self._read(sql, step, now, limit) if row[1] not in self._taken]
-            jobs = [Job(*row[1:]) for row in sorted(rows)[:n]]
-            self._taken.update(job.number for job in jobs)
+            back = [o for o in self._outcomes.values() if o.refused and not o.done and not o.failed and o.due <= now]
+            jobs = [outcome.job for outcome in back if outcome.job.step in steps][:n]
+            for job in jobs:
+                del self._outcomes[job.number]
+            if len(self._outcomes) < self.MAX_OUTCOMES:
+                rows = [row for step in steps for row in self._read(sql, step, now, limit) if row[1] not in self._taken]
+                jobs += [Job(*row[1:]) for row in sorted(rows)[: n - len(jobs)]]
+                self._taken.update(job.number for job in jobs)
         return jobs
 
     def taken(self) -> int:
@@ -1772,11 +1809,11 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__(address, Handler, bind_and_activate=False)
             self.server_bind()
+            self.server_activate()
         except OSError as error:
             where = "{}: [server] listen = {}:{}".format(config.file, *config.listen)
             raise ConfigError(f"{where}: {error.strerror or error}") from None
         self.socket.setblocking(False)  # a client that left before `accept` must not block it
-        self.server_activate()
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """As socketserver's, also after a `poll` that failed: poll(2) may want for memory."""
@@ -1848,7 +1885,8 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, deadline: float) -> None:
         """Listen no longer, and wait until `deadline` (monotonic clock) for the requests that are being answered."""
         self.shutdown()
-        self.server_close()
+        with contextlib.suppress(OSError):
+            self.server_close()
         while self.connections and time.monotonic() < deadline:
             with self.lock:
                 # One that is new, or was answered just now, may be sending: cutting it off would reset it.
@@ -2116,8 +2154,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Whether webhooks can be taken, and what is queued. Raises Refusal."""
         counts: dict[str, Any] = {}
         try:
-            queued, failed, oldest = self.server.queue.counts()
-            counts = {"queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
+            with contextlib.suppress(QueueError):
+                queued, failed, oldest = self.server.queue.counts()
+                counts = {"queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
             self.server.queue.prove_writable()
         except QueueError as error:
             raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}, **counts) from None
@@ -2203,8 +2242,8 @@ def serve(config: Config) -> int:
         # time-out of its own goes by the wall clock, and one that is set back would make it wait for as long.
         archiver.wake.set()
         queue_.stir()
-        if queue_.malformed:
-            problem = QueueError("the queue is malformed: the next start moves it aside")
+        if damage := queue_.damage():
+            problem = QueueError(f"the queue is malformed ({damage}): the next start moves it aside")
         elif not all(thread.is_alive() for thread in (acceptor, queue_.writer, *archiver.threads)):
             problem = RuntimeError("a thread has ended")
         else:

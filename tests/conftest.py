@@ -262,6 +262,30 @@ def daemon(new_daemon):
     return new_daemon()
 
 
+@pytest.fixture
+def tracer(tmp_path):
+    """Runs strace on a daemon, with expressions as its `-e` has them; a context, whose value is the trace's file."""
+    if not shutil.which("strace"):
+        pytest.skip("no strace")
+
+    @contextlib.contextmanager
+    def trace(daemon, *expressions):
+        output = tmp_path / "trace"
+        command = ["strace", "-f", "-s", "4000", "-o", output, "-p", str(daemon.process.pid)]
+        for expression in expressions:
+            command += ["-e", expression]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            if b"attached" not in (line := process.stderr.readline()):
+                pytest.skip(f"strace cannot attach: {line.decode()}")
+            try:
+                yield output
+            finally:
+                process.terminate()
+                process.stderr.read()
+
+    return trace
+
+
 def alert(number=0, **members):
     """A valid alert, the number in its id and minute."""
     return {"id": f"alert-{number:06}", "created_at": 1484661065000 + number * 60000, "severity": 1, **members}
