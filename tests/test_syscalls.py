@@ -50,6 +50,7 @@ SCENES = {
         "accept4": "EMFILE ECONNABORTED",
         "clone3/clone": "EAGAIN",
         "connect": "ETIMEDOUT ECONNRESET",
+        "fcntl": "EIO",  # an unlock that fails costs ten seconds
         "getrandom": "",  # does not fail
         "getsockname": "ENOBUFS",
         "getsockopt": "ENOBUFS",
@@ -237,7 +238,7 @@ def start(case, sender, new_daemon, folder):
         assert code == (-signal.SIGKILL if strace.struck() else 0), daemon.log()
     else:  # it may end, if it says why
         assert code in (0, 1, 78), daemon.log()
-    assert "malformed" not in daemon.log()
+    assert not list(daemon.folder.glob("*.malformed-*"))  # a read that fails is damage, says SQLite
     daemon.start()
     sender.send(daemon, range(4, 6))
     sender.send_the_rest(daemon)
