@@ -50,7 +50,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -82,26 +82,22 @@ def matching(pattern: str, meaning: str, convert: Callable[[str], Any] = str) ->
 
 def number(low: float, high: float, units: dict[str, int], kind: type = int) -> Callable[[str], Any]:
     """A parser of numbers with an optional unit, within low … high in the smallest one; raises ValueError."""
-    example = f", or one with {' '.join(units)} behind it" if units else ""
 
-    def parse(text: str) -> Any:
-        digits = text[:-1] if text[-1:] in units else text
-        if not re.fullmatch(r"[0-9]{1,12}" + (r"(\.[0-9]{1,6})?" if kind is float else ""), digits):
-            raise ValueError(f"not a number{example}")
-        value = kind(digits) * units.get(text[-1], 1)
+    def convert(text: str) -> Any:
+        value = kind(text.rstrip("".join(units))) * units.get(text[-1], 1)
         if not low <= value <= high:
             raise ValueError(f"not within {low:g} to {high:g}{' seconds' if units is TIME else ''}")
         return value
 
-    return parse
+    pattern = r"[0-9]{1,12}(\.[0-9]{1,6})?" if kind is float else "[0-9]{1,12}"
+    example = f", or one with {' '.join(units)} behind it" if units else ""
+    return matching(f"{pattern}({'|'.join(units)})?", f"a number{example}", convert)
 
 
 TIME = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZE = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 whole = matching("[0-9]{1,12}", "a whole number", int)
-boolean = matching(
-    "(?i:yes|no|true|false|on|off|1|0)", "yes or no", lambda text: text.lower() in ("yes", "true", "on", "1")
-)
+boolean = matching("(?i:yes|no|true|false|on|off|1|0)", "yes or no", lambda t: t.lower() in ("yes", "true", "on", "1"))
 address = matching(
     r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):[0-9]{1,5}",
     "an address: write HOST:PORT, or [::1]:PORT for IPv6",
@@ -120,8 +116,7 @@ key_prefix = matching(
     "a key prefix: no slash at either end, no empty part, no control character",
 )
 bucket_name = matching(
-    "[A-Za-z0-9._-]{3,255}|arn:[A-Za-z0-9:/_-]+",
-    "a bucket: write its name alone, without s3:// and without a path",
+    "[A-Za-z0-9._-]{3,255}|arn:[A-Za-z0-9:/_-]+", "a bucket: write its name alone, without s3:// and without a path"
 )
 
 
@@ -165,20 +160,21 @@ OPTIONS = (
 )
 PUT_OBJECT = "s3:put_object"  # this section's options are put_object's own parameters, not ts3d's
 OWN_PARAMETERS = re.compile("Bucket|Key|Body|Content(Type|Length|MD5)|Checksum.*")  # what ts3d sets itself
-ENVIRONMENT = {  # the tutorial's variables, which override the file
-    "THREATSTACK_BASE_URL": "base_url",
-    "THREATSTACK_API_KEY": "api_key",
-    "TS_AWS_S3_BUCKET": "bucket",
-    "TS_AWS_S3_PREFIX": "prefix",
+ENVIRONMENT = {  # the tutorial's variables, by the option that they override
+    "base_url": "THREATSTACK_BASE_URL",
+    "api_key": "THREATSTACK_API_KEY",
+    "bucket": "TS_AWS_S3_BUCKET",
+    "prefix": "TS_AWS_S3_PREFIX",
 }
 BASE_URLS = {"key": "https://app.threatstack.com/api/v1", "hawk": "https://api.threatstack.com/v2"}
+CONFIG_FILES = ("/etc/ts3d/ts3d.conf", os.path.join(os.path.dirname(os.path.realpath(__file__)), "ts3d.conf"))
 HOLD_BACK = 16 << 20  # bytes of disk that webhooks leave free, so that there is room to drain the queue
-SECRETS: list[str] = []  # the longest first: what `redact` takes out of whatever is said
+SECRETS: list[str] = []  # what `redact` takes out of whatever is said
 
 
 def redact(text: str) -> str:
     """`text` without any configured secret, also where another program quoted it in its error."""
-    for secret in SECRETS:
+    for secret in sorted(SECRETS, key=len, reverse=True):  # one may contain another
         text = text.replace(secret, "***")
     return text
 
@@ -187,51 +183,41 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean …?)` with the known name that is most like this one, or nothing."""
     import difflib  # only a misspelt option needs it, and it is slow to import
 
-    close = difflib.get_close_matches(name.lower(), {k.lower(): k for k in known}, 1, 0.5)
-    return next((f" (did you mean {k}?)" for k in known if close and k.lower() == close[0]), "")
+    by_lower = {k.lower(): k for k in known}
+    return "".join(f" (did you mean {by_lower[k]}?)" for k in difflib.get_close_matches(name.lower(), by_lower, 1, 0.5))
 
 
 class Config(SimpleNamespace):
-    """The options' values by name, `put_object` (texts by parameter), `file` (the configuration's path) and `tls`."""
+    """The options' values by name, and `file` (its path), `put_object` (texts by parameter), `credentials`, `tls`."""
 
     def require(self, *names: str) -> None:
         """Raises ConfigError for the first of these options that is not set."""
         for option in OPTIONS:
             if option.name in names and not getattr(self, option.name):
-                variable = next((f" or set {v}" for v, name in ENVIRONMENT.items() if name == option.name), "")
+                variable = f" or set {ENVIRONMENT[option.name]}" if option.name in ENVIRONMENT else ""
                 raise ConfigError(f"{self.file}: [{option.section}] {option.name} is not set: write it there{variable}")
-
-
-def find_config(path: str | None) -> str:
-    """The configuration's path: the one given, /etc/ts3d/ts3d.conf, or ts3d.conf beside the program."""
-    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "ts3d.conf")
-    return path or next((p for p in ("/etc/ts3d/ts3d.conf", beside) if os.path.exists(p)), beside)
-
-
-def beside(path: str, name: str, credentials: bool = False) -> str:
-    """`name` as a path: absolute, or relative to the configuration's folder (a secret: to the credentials')."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if credentials:
-        folder = os.environ.get("CREDENTIALS_DIRECTORY") or os.path.join(folder, "secrets")
-    return os.path.join(folder, name)
 
 
 def load_config(path: str) -> Config:
     """Read and check the configuration file and the environment. Raises ConfigError."""
-    sections = read_ini(path)
+    sections, folder = read_ini(path), os.path.dirname(os.path.abspath(path))
     config = Config(file=path, put_object=sections.get(PUT_OBJECT, {}))
-    from_environment = {name: (v, os.environ[v]) for v, name in ENVIRONMENT.items() if os.environ.get(v)}
+    config.credentials = os.path.join(folder, os.environ.get("CREDENTIALS_DIRECTORY") or "secrets")
     for option in OPTIONS:
-        where, text = f"{path}: [{option.section}] {option.name}", sections.get(option.section, {}).get(option.name)
-        if option.name in from_environment:
-            where, text = from_environment[option.name]
-        elif option.secret:
-            where, text = read_secret(path, option, sections.get(option.section, {}))
-        if text is None or (text == "" and option.default is None and not option.secret):
+        section, variable = sections.get(option.section, {}), ENVIRONMENT.get(option.name, "")
+        where, text = f"{path}: [{option.section}] {option.name}", section.get(option.name)
+        if os.environ.get(variable):
+            where, text = variable, os.environ[variable]
+        elif (name := section.get(f"{option.name}_file")) is not None:
+            if text is not None:
+                raise ConfigError(f"{where} and {option.name}_file are both set: keep one")
+            where = f"{where}_file = {name!r}"
+            text = read_secret(where, os.path.join(config.credentials, name))
+        elif text == "" and option.name == "webhook_token":  # it may be a mistake that would open the door
+            raise ConfigError(f"{where}: empty: write a secret, or take the line away")
+        if text is None or (text == "" and option.default is None):
             text = option.default
         try:
-            if text == "" and option.secret:
-                raise ValueError("empty: write a secret, or take the line away")
             value = None if text is None else option.parse(text)
         except ValueError as error:
             shown = "" if option.secret else f" = {text!r}"
@@ -239,14 +225,10 @@ def load_config(path: str) -> Config:
         setattr(config, option.name, value)
         if option.secret and value:
             SECRETS.extend(value if isinstance(value, list) else [value])
-            SECRETS.sort(key=len, reverse=True)
     config.base_url = config.base_url or BASE_URLS[config.auth]
     state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    config.path = beside(path, config.path or os.path.join(state, "queue.db"))
+    config.path = os.path.join(folder, config.path or os.path.join(state, "queue.db"))
     config.tls = load_tls(config)
-    for name in config.put_object:
-        if OWN_PARAMETERS.fullmatch(name):
-            raise ConfigError(f"{path}: [{PUT_OBJECT}] {name}: ts3d sets this itself")
     return config
 
 
@@ -258,10 +240,8 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file: name one with -c FILE") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{path}: {error.strerror} (-c FILE names another)") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
     except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
@@ -270,37 +250,28 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
     except configparser.ParsingError as error:  # its own text quotes the line, which may hold a secret
         line = error.errors[0][0] if getattr(error, "errors", None) else getattr(error, "lineno", 1)
         raise ConfigError(f"{path}: line {line}: not `option = value` in a [section]") from None
-    known: dict[str, list[str]] = {}
-    for option in OPTIONS:
-        known.setdefault(option.section, []).extend([option.name, f"{option.name}_file"][: 1 + option.secret])
     for section in parser.sections():
-        if section not in known and section != PUT_OBJECT:
-            raise ConfigError(f"{path}: unknown section [{section}]" + nearest(section, [*known, PUT_OBJECT]))
-        for name in parser[section] if section in known else ():
-            if name not in known[section]:
+        known = [n for o in OPTIONS if o.section == section for n in (o.name, f"{o.name}_file")[: 1 + o.secret]]
+        if not known and section != PUT_OBJECT:
+            sections = [PUT_OBJECT, *(option.section for option in OPTIONS)]
+            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, sections)}")
+        for name in parser[section]:
+            if known and name not in known:
                 # What looks like no name may be a line of a secret that is not indented.
                 shown = name if re.fullmatch("[A-Za-z_]{1,30}", name) else "in a line that is not indented, or misspelt"
-                raise ConfigError(f"{path}: [{section}] unknown option {shown}{nearest(name, known[section])}")
+                raise ConfigError(f"{path}: [{section}] unknown option {shown}{nearest(name, known)}")
+            if not known and OWN_PARAMETERS.fullmatch(name):
+                raise ConfigError(f"{path}: [{section}] {name}: ts3d sets this itself")
     return {section: dict(parser[section]) for section in parser.sections()}
 
 
-def read_secret(path: str, option: Option, section: dict[str, str]) -> tuple[str, str | None]:
-    """Where a secret comes from, for messages, and its text: None where it is not set. Raises ConfigError."""
-    where, name = f"{path}: [{option.section}] {option.name}", section.get(f"{option.name}_file")
-    if name is None:
-        # An empty webhook_token may be a mistake that would open the door, so it is passed on, and refused.
-        return where, section.get(option.name) or ("" if option.name in section and option.parse is words else None)
-    if option.name in section:
-        raise ConfigError(f"{where} and {option.name}_file are both set: keep one")
-    where, file = f"{where}_file", beside(path, name, credentials=True)
+def read_secret(where: str, file: str) -> str | None:
+    """The secret in a file, None where that is empty; `where` is for messages. Raises ConfigError."""
     try:
         with open(file, encoding="utf-8", newline="") as stream:
-            text = stream.read().removesuffix("\n").removesuffix("\r")
+            return stream.read().removesuffix("\n").removesuffix("\r") or None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{where} = {name!r}: cannot read {file}: {getattr(error, 'strerror', 'not UTF-8')}"
-        ) from None
-    return f"{where} = {name!r}", text or None
+        raise ConfigError(f"{where}: cannot read {file}: {getattr(error, 'strerror', 'not UTF-8')}") from None
 
 
 def load_tls(config: Config) -> ssl.SSLContext | None:
@@ -308,7 +279,7 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
     if not config.tls_certificate and not config.tls_key:
         return None
     config.require("tls_certificate", "tls_key")
-    files = [beside(config.file, name, credentials=True) for name in (config.tls_certificate, config.tls_key)]
+    files = [os.path.join(config.credentials, name) for name in (config.tls_certificate, config.tls_key)]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -326,20 +297,18 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
 
 
 class LineFormatter(logging.Formatter):
-    """One line a record: no secret, no control character that would forge a line or drive a terminal."""
+    """One line a record: no secret, no traceback, no control character that would forge a line or drive a terminal."""
 
     # journald takes the time itself, and the level as sd-daemon(3)'s prefix
-    PRIORITIES = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "<3>", "CRITICAL": "<2>"}
-
-    def __init__(self, journal: bool) -> None:
-        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s")
-        self.journal = journal
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+    journal = False
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's line."""
-        record.exc_info = record.exc_text = record.stack_info = None  # a traceback is no line
-        line = printable(redact(super().format(record)))
-        return self.PRIORITIES.get(record.levelname, "") + line if self.journal else line
+        text = printable(redact(record.getMessage()))
+        if self.journal:
+            return f"<{self.PRIORITIES.get(record.levelname, 6)}>{text}"
+        return f"{self.formatTime(record)} {record.levelname} {text}"
 
 
 def printable(text: str) -> str:
@@ -349,19 +318,17 @@ def printable(text: str) -> str:
 
 def start_log(level: str) -> None:
     """Log to standard error; it is the journal where $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
-    stat = os.fstat(2)
-    handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter(os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"))
+    stat, formatter, handler = os.fstat(2), LineFormatter(), logging.StreamHandler()
+    formatter.journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+    handler.setFormatter(formatter)
     logging.raiseExceptions = False  # a log that cannot be written must not end what is logged
     # Other libraries speak from WARNING on: botocore's DEBUG shows signatures and bodies.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(level)
 
 
-def describe(error: object) -> str:
+def describe(error: BaseException) -> str:
     """An exception in one line: its class, its text, which alone may be empty, and where in this file it passed."""
-    if not isinstance(error, BaseException):
-        return str(error)
     lines = [str(frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
     return f"{type(error).__name__}: {error}" + (f" (ts3d.py:{'>'.join(lines)})" if lines else "")
 
@@ -393,36 +360,28 @@ class Rejected:
     message: str
 
 
-class Number(str):
-    """A JSON number as it stands: never converted, so that 100,000 digits cost nothing and lose nothing."""
-
-    __slots__ = ()
-
-
 def no_constant(name: str) -> None:
     """Refuse what Python takes for a number and RFC 8259 does not: NaN, Infinity, -Infinity."""
     raise ValueError(f"{name} is no JSON number (RFC 8259, section 6)")
 
 
-JSON = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=no_constant)
-JSON_SHAPE = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0, parse_constant=no_constant)
+# Numbers are never converted, so that 100,000 digits cost nothing: the value of each is 0.
+JSON = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0, parse_constant=no_constant)
+BETWEEN = re.compile(r"[ \t\n\r,:]*")  # what stands between the values of a text that is known to be JSON
 MAX_ALERTS = 10_000  # in one webhook: each costs memory here, and a place in the answer
-JSON_SPACE = re.compile(r"[ \t\n\r]*")
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
 RFC_3339 = re.compile(
-    r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt ]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.[0-9]+)?"
-    r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9]):(?:[0-5][0-9]|60)(?:\.[0-9]+)?"
+    r"(?:[Zz]|([+-](?:[01][0-9]|2[0-3]):[0-5][0-9]))"
 )
 YEAR_10000 = 253_402_300_800_000  # milliseconds
 
 
 def read_json(body: bytes) -> tuple[str, Any]:
-    """The text and the value of a JSON text as RFC 8259 has it, all numbers 0. Raises Malformed."""
+    """The text, bare of blanks, and the value of a JSON text as RFC 8259 has it, all numbers 0. Raises Malformed."""
     try:
         text = body.decode()
-        value, end = JSON_SHAPE.raw_decode(text, skip_space(text, 0))
-        if (end := skip_space(text, end)) != len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+        return text.strip(" \t\n\r"), JSON.decode(text)
     except UnicodeDecodeError as error:
         raise Malformed(f"not JSON: byte {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -432,12 +391,6 @@ def read_json(body: bytes) -> tuple[str, Any]:
     except ValueError as error:
         member = re.search(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)', text)
         raise Malformed(f"not JSON: {member[1] + ': ' if member else ''}{error}") from None
-    return text, value
-
-
-def skip_space(text: str, at: int) -> int:
-    """The place of the first character at or after `at` that is not JSON's white space."""
-    return JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]
 
 
 def parts(text: str) -> Iterator[tuple[str, Any, str]]:
@@ -445,19 +398,13 @@ def parts(text: str) -> Iterator[tuple[str, Any, str]]:
 
     The text is known to be valid JSON (`read_json`). The json module gives values, but not where they stood.
     """
-    at = skip_space(text, 0)
-    close = "]" if text[at] == "[" else "}"
-    at = skip_space(text, at + 1)
-    while text[at] != close:
-        name = ""
-        if close == "}":
-            name, at = JSON.raw_decode(text, at)
-            at = skip_space(text, skip_space(text, at) + 1)  # the colon
+    name, end = "", 1
+    while text[at := BETWEEN.match(text, end).end()] not in "]}":  # type: ignore[union-attr]
+        if text[0] == "{":
+            name, end = JSON.raw_decode(text, at)
+            at = BETWEEN.match(text, end).end()  # type: ignore[union-attr]
         value, end = JSON.raw_decode(text, at)
         yield name, value, text[at:end]
-        at = skip_space(text, end)
-        if text[at] == ",":
-            at = skip_space(text, at + 1)
 
 
 def read_webhook(body: bytes) -> list[Arrival | Rejected]:
@@ -476,31 +423,28 @@ def read_webhook(body: bytes) -> list[Arrival | Rejected]:
     lists = [literal for name, _, literal in parts(text) if name == "alerts"]
     if len(lists) > 1:
         raise Malformed("alerts: there twice")
-    return [read_alert(literal, f"alerts[{i}]") for i, (_, _, literal) in enumerate(parts(lists[0]))]
+    return [read_alert(literal, f"alerts[{i}].") for i, (_, _, literal) in enumerate(parts(lists[0]))]
 
 
 def read_alert(text: str, place: str) -> Arrival | Rejected:
-    """One alert, given its text and, for messages, its place in the webhook."""
-    text = text.strip(" \t\n\r")
+    """One alert, given its text and, for messages, what comes before its members' names."""
     if not text.startswith("{"):
-        return Rejected(None, f"{place}: not an object")
-    members = [(name, value, literal) for name, value, literal in parts(text) if name in ("id", "created_at")]
-    found = {name: (value, literal) for name, value, literal in members}
-    id_, id_literal = found.get("id", (None, ""))
-    shown = id_ if isinstance(id_, str) and not isinstance(id_, Number) else None
-    place = f"{place}." if place else ""
-    for name in ("id", "created_at"):
-        if name not in found:
-            return Rejected(shown, f"{place}{name}: missing")
-        if [member for member, _, _ in members].count(name) > 1:
-            return Rejected(shown, f"{place}{name}: there twice")
-    if shown is None or not ALERT_ID.fullmatch(shown):
-        return Rejected(shown and shown[:200], f"{place}id: {excerpt(id_literal)} is not 4 to 128 of A-Z a-z 0-9 _ -")
-    created_at, literal = found["created_at"]
+        return Rejected(None, f"{place.rstrip('.')}: not an object")
+    found: dict[str, list[tuple[Any, str]]] = {"id": [], "created_at": []}
+    for name, value, literal in parts(text):
+        if name in found:
+            found[name].append((value, literal))
+    id_ = next((value[:200] for value, _ in found["id"] if isinstance(value, str)), None)
+    for name, values in found.items():
+        if len(values) != 1:
+            return Rejected(id_, f"{place}{name}: {'there twice' if values else 'missing'}")
+    ((_, id_literal),), ((created_at, literal),) = found.values()
+    if id_ is None or not ALERT_ID.fullmatch(id_):
+        return Rejected(id_, f"{place}id: {excerpt(id_literal)} is not 4 to 128 of A-Z a-z 0-9 _ -")
     try:
-        return Arrival(shown, minute_of(created_at), "webhooks", text.encode())
+        return Arrival(id_, minute_of(created_at, literal), "webhooks", text.encode())
     except (ValueError, OverflowError) as error:
-        return Rejected(shown, f"{place}created_at: {excerpt(literal)} {error}")
+        return Rejected(id_, f"{place}created_at: {excerpt(literal)} {error}")
 
 
 def excerpt(literal: str) -> str:
@@ -508,21 +452,19 @@ def excerpt(literal: str) -> str:
     return printable(literal if len(literal) <= 60 else literal[:57] + "...")
 
 
-def minute_of(created_at: Any) -> str:
-    """`YYYY/MM/DD/HH/MM`, UTC, of milliseconds since the epoch or of an RFC 3339 time. Raises ValueError."""
-    if isinstance(created_at, Number) or (isinstance(created_at, str) and re.fullmatch("[0-9]+", created_at)):
-        milliseconds = float(created_at)  # exact up to 2^53, which is beyond the year 9999
+def minute_of(value: Any, literal: str) -> str:
+    """`YYYY/MM/DD/HH/MM`, UTC, of milliseconds since the epoch or of an RFC 3339 time. Raises ValueError.
+
+    A number's `value` is 0 (`read_json`): it stands in its `literal`.
+    """
+    if type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]+", value)):
+        milliseconds = float(value or literal)  # exact up to 2^53, which is beyond the year 9999
         if not 0 <= milliseconds < YEAR_10000:
             raise ValueError("is not within the years 1970 to 9999")
         when = datetime.fromtimestamp(milliseconds // 1000, timezone.utc)
-    elif isinstance(created_at, str) and (match := RFC_3339.fullmatch(created_at)):
-        year, month, day, hour, minute, second = map(int, match.groups()[:6])
-        if second == 60:
-            second = 59  # a leap second (section 5.7), which datetime does not know
-        when = datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
-        if match[7]:
-            offset = timedelta(hours=int(match[8]), minutes=int(match[9]))
-            when += -offset if match[7] == "+" else offset
+    elif isinstance(value, str) and (match := RFC_3339.fullmatch(value)):
+        # Without the seconds: a leap second's 60 (section 5.7) is unknown to datetime.
+        when = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}").astimezone(timezone.utc)
         if when.year < 1970:
             raise ValueError("is not within the years 1970 to 9999")
     else:
@@ -1250,7 +1192,7 @@ def retry_after(headers: Any) -> float:
     return 0
 
 
-class Wire:
+class Wire(io.RawIOBase):
     """A socket whose reads and writes end at one moment, `deadline` (monotonic clock), or after seconds of `silence`.
 
     A socket's own time-out is for each call, and a peer that sends a byte now and then never reaches it.
@@ -1259,21 +1201,29 @@ class Wire:
     def __init__(self, sock: socket.socket, deadline: float, silence: float = math.inf) -> None:
         self.sock, self.deadline, self.silence = sock, deadline, silence
 
-    def arm(self) -> None:
-        """Give the socket the time that is left. Raises TimeoutError where there is none."""
+    def arm(self) -> Any:
+        """The socket, given the time that is left. Raises TimeoutError where there is none."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
         self.sock.settimeout(min(left, self.silence))
+        return self.sock
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As socket.recv_into, within the deadline."""
+        return int(self.arm().recv_into(buffer))
 
     def sendall(self, data: Any) -> None:
         """As socket.sendall, within the deadline."""
-        self.arm()
-        self.sock.sendall(data)
+        self.arm().sendall(data)
 
-    def makefile(self, mode: str = "rb", buffering: int = -1) -> io.BufferedReader:
+    def makefile(self, *_: Any) -> io.BufferedReader:
         """A buffered file to read from."""
-        return io.BufferedReader(WireReader(self))
+        return io.BufferedReader(self)
 
     def shutdown(self, how: int) -> None:
         """As socket.shutdown, of a connection that may be gone already."""
@@ -1282,30 +1232,7 @@ class Wire:
             socket.socket.shutdown(self.sock, how)
 
     def close(self) -> None:
-        """As socket.close: the files made of it go on."""
-        self.sock.close()
-
-
-class WireReader(io.RawIOBase):
-    """What Wire.makefile reads from."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-        self.raw = wire.sock.makefile("rb", buffering=0)
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Read what has come. Raises TimeoutError at the deadline."""
-        self.wire.arm()
-        return self.raw.readinto(buffer)
-
-    def close(self) -> None:
-        """Close the file, and with it the socket that was closed before."""
-        self.raw.close()
-        super().close()
+        """Nothing: who made the socket closes it. urllib would do so before it has read the answer."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1314,45 +1241,42 @@ class WireReader(io.RawIOBase):
 
 
 class ApiHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's handler of http and https with one deadline, in `seconds`, for each call.
+    """urllib's handler of http: and https: for one call, with a deadline of its own."""
 
-    The request's own timeout is how long connecting, or the peer, may be silent. Certificates are verified against
-    the system's.
-    """
-
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, tls: Callable[[], ssl.SSLContext], seconds: float) -> None:
         super().__init__()
-        self.plain = self.connection(http.client.HTTPConnection, seconds)
-        self.secure = self.connection(http.client.HTTPSConnection, seconds)
+        self.tls, self.seconds = tls, seconds
+        self.sock: socket.socket | None = None
 
-    @functools.cached_property
-    def tls(self) -> ssl.SSLContext:
-        """Made once, and only where it is needed: reading the certificates takes longer than a call."""
-        return ssl.create_default_context()
+    def connection(self, kind: Any, host: str, timeout: float, **options: Any) -> http.client.HTTPConnection:
+        """http.client's connection of this `kind`, whose deadline counts from when it begins to connect."""
+        connection: http.client.HTTPConnection = kind(host, timeout=timeout, **options)
+        connect = connection.connect
 
-    @staticmethod
-    def connection(kind: Any, seconds: float) -> Any:
-        """http.client's class `kind`, with that deadline."""
+        def connect_and_bound() -> None:
+            deadline = time.monotonic() + self.seconds
+            connect()
+            self.sock = connection.sock
+            connection.sock = Wire(self.sock, deadline, timeout)
 
-        class Connection(kind):  # type: ignore[misc]
-            sock: Any
-
-            def connect(self) -> None:
-                deadline = time.monotonic() + seconds
-                super().connect()
-                self.sock = Wire(self.sock, deadline, self.timeout)
-
-        return Connection
+        connection.connect = connect_and_bound  # type: ignore[method-assign]
+        return connection
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for http:."""
-        return self.do_open(self.plain, request)
+        return self.do_open(functools.partial(self.connection, http.client.HTTPConnection), request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for https:."""
-        return self.do_open(self.secure, request, context=self.tls)
+        kind = functools.partial(self.connection, http.client.HTTPSConnection)
+        return self.do_open(kind, request, context=self.tls())
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def close(self) -> None:
+        """Close the call's socket: also what urllib calls when the handler is of no more use."""
+        if self.sock:
+            self.sock.close()
 
 
 class ThreatStack(Upstream):
@@ -1372,24 +1296,24 @@ class ThreatStack(Upstream):
         self.config = config
         # While Threat Stack hangs, some workers must be left for webhooks, which need only S3.
         self.seats = max(1, config.workers - max(1, config.workers // 8))
-        # An opener with this handler alone: no redirect is followed (the key would leave with it), no proxy of the
-        # environment obeyed, no file: opened, and an error status is an answer like any other.
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(ApiHandler(config.timeout))
         # A call that hangs must not keep its alert for the whole of a long time-out once Threat Stack is back.
         self.silence = min(config.timeout, max(10.0, config.timeout / 3))
+        # Made once, at first use: reading the system's certificates takes longer than a call.
+        self.tls = functools.lru_cache(1)(ssl.create_default_context)
 
     def get(self, path: str, id_: str | None = None) -> bytes:
-        """GET the API's `path`: the answer's bytes, checked to be JSON and to speak of alert `id_`.
-
-        Raises UpstreamError.
-        """
+        """The API's answer to GET `path`, checked to be JSON and to speak of alert `id_`. Raises UpstreamError."""
         headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Authorization": self.config.api_key}
         if self.config.organization_id:
             headers["Organization"] = self.config.organization_id
         request = urllib.request.Request(self.config.base_url + path, headers=headers)
+        # An opener with this handler alone: no redirect is followed (the key would leave with it), no proxy of the
+        # environment obeyed, no file: opened, and an error status is an answer like any other.
+        opener = urllib.request.OpenerDirector()
         try:
-            with self.opener.open(request, timeout=self.silence) as response:
+            with contextlib.closing(ApiHandler(self.tls, self.config.timeout)) as handler:
+                opener.add_handler(handler)
+                response = opener.open(request, timeout=self.silence)
                 body: bytes = response.read(self.MAX_BODY + 1)
         except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
             raise self.error("unreachable", f"cannot be reached: {error.reason}", "all") from None
@@ -1484,18 +1408,12 @@ class S3(Upstream):
         import botocore.validate
 
         shape = client.meta.service_model.operation_model("PutObject").input_shape
-        parsers: dict[str, Callable[[str], Any]] = {
-            "boolean": boolean,
-            "integer": whole,
-            "long": whole,
-            "map": json.loads,
-        }
+        parsers = {"boolean": boolean, "integer": whole, "long": whole, "map": json.loads}
         extra: dict[str, Any] = {}
         for name, text in self.config.put_object.items():
             where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
             if name not in shape.members:
-                allowed = [member for member in shape.members if not OWN_PARAMETERS.fullmatch(member)]
-                raise ConfigError(f"{where}: unknown to this boto3{nearest(name, allowed)}")
+                raise ConfigError(f"{where}: unknown to this boto3{nearest(name, shape.members)}")
             kind = shape.members[name].type_name
             try:
                 extra[name] = parsers.get(kind, str)(text)
@@ -1747,32 +1665,28 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 
 
 class Refusal(Exception):
-    """A request that is answered with an error."""
+    """A request that is answered with an error; `headers` and members (`more`) that the answer has too."""
 
-    def __init__(
-        self, status: int, type_: str, message: str, headers: dict[str, str] | None = None, **more: Any
-    ) -> None:
-        super().__init__(message)
-        self.status, self.type, self.headers, self.more = status, type_, headers or {}, more
-
-    def as_json(self) -> dict[str, Any]:
-        """The answer's body."""
-        return {"success": False, "error": {"type": self.type, "message": str(self)}, **self.more}
+    def __init__(self, status: int, kind: str, text: str, headers: dict[str, str] | None = None, **more: Any) -> None:
+        super().__init__(text)
+        self.status, self.type, self.headers, self.more = status, kind, headers or {}, more
 
 
 class Connection(Wire):
-    """A client's connection: since when (monotonic clock) we wait for a request, whether that has begun, and whether
-    it is whole, so that the client waits for us."""
+    """A client's connection.
+
+    `since`: when (monotonic clock) we began to wait for a request; infinity while the client waits for us.
+    `begun`: whether that request has.
+    """
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         super().__init__(sock, 0)
-        self.since = time.monotonic()
         self.expect(timeout)
 
     def expect(self, timeout: float) -> None:
         """Wait for a request from now on, for `timeout` seconds."""
-        self.deadline = time.monotonic() + timeout
-        self.begun = self.answering = False
+        self.since, self.begun = time.monotonic(), False
+        self.deadline = self.since + timeout
 
 
 def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int]]:
@@ -1790,13 +1704,13 @@ def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int
     return first[0], (ip, port)
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """Listens, and runs a Handler in a thread of its own for each connection."""
 
     daemon_threads = True
     block_on_close = False  # `stop` waits, and not for ever
     request_queue_size = 1024
-    allow_reuse_port = False  # it would let a second daemon take half of the connections
+    allow_reuse_address = True
 
     def __init__(self, config: Config, queue_: Queue, archiver: Archiver) -> None:
         """Listen. Raises ConfigError."""
@@ -1807,9 +1721,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()  # for these two
         self.address_family, address = listen_address(config)
         try:
-            super().__init__(address, Handler, bind_and_activate=False)
-            self.server_bind()
-            self.server_activate()
+            super().__init__(address, Handler)
         except OSError as error:
             where = "{}: [server] listen = {}:{}".format(config.file, *config.listen)
             raise ConfigError(f"{where}: {error.strerror or error}") from None
@@ -1824,12 +1736,8 @@ class Server(http.server.ThreadingHTTPServer):
                 log.error("waiting for connections: %s", error)
                 time.sleep(poll_interval)
 
-    def server_bind(self) -> None:
-        """As TCPServer's: HTTPServer's asks DNS for this host's name."""
-        socketserver.TCPServer.server_bind(self)
-
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection. Where file descriptors are used up, the longest idle connection goes."""
+        """Accept a connection. Where there is no room or no file descriptor for it, the longest idle one goes."""
         try:
             sock, client = self.socket.accept()
         except OSError as error:
@@ -1837,50 +1745,40 @@ class Server(http.server.ThreadingHTTPServer):
                 self.shed()
                 time.sleep(0.05)  # the listening socket stays readable, and this loop would spin
             raise
+        if len(self.connections) >= self.config.max_connections and not self.shed():
+            sock.close()
+            raise ConnectionAbortedError("there are max_connections, and all are being answered")
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        return Connection(sock, self.config.request_timeout), client
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for this connection, which is then counted."""
+        connection = Connection(sock, self.config.request_timeout)
         with self.lock:
-            full = len(self.connections) >= self.config.max_connections
-        if full and not self.shed():
-            return False
-        with self.lock:
-            self.connections.add(request)
-        return True
+            self.connections.add(connection)
+        return connection, client
 
     def shed(self) -> bool:
         """Cut the connection that has made us wait for longest; False where all are being answered."""
         with self.lock:
-            waiting = [connection for connection in self.connections if not connection.answering]
-            oldest = min(waiting, key=lambda connection: connection.since, default=None)
-            self.connections.discard(oldest)
-        if oldest:
-            oldest.shutdown(socket.SHUT_RDWR)
-        return oldest is not None
+            oldest = min(self.connections, key=lambda connection: connection.since, default=None)
+            if not oldest or oldest.since == math.inf:
+                return False
+            self.connections.remove(oldest)
+        oldest.shutdown(socket.SHUT_RDWR)
+        return True
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection and count it no longer."""
         with self.lock:
             self.connections.discard(request)
-        super().shutdown_request(request)
+        request.shutdown(socket.SHUT_WR)
+        request.sock.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what ended a connection: http.server would print a traceback."""
+        """Log what ended a connection: socketserver would print a traceback."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):  # the client's doing: gone, or no TLS handshake
             log.debug("connection closed client=%s: %s", client_address, error)
         elif error:
             log.error("connection closed client=%s: %s", client_address, describe(error))
-
-    def receive(self, n: int) -> None:
-        """Count `n` bytes of a body that arrive (negative: that are done with). Raises Refusal."""
-        with self.lock:
-            if n > 0 and self.receiving + n > ALL_BODIES:
-                raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
-            self.receiving += n
 
     def stop(self, deadline: float) -> None:
         """Listen no longer, and wait until `deadline` (monotonic clock) for the requests that are being answered."""
@@ -1904,8 +1802,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    request_version = "HTTP/1.1"  # where none can be read
     server: Server
     request: Connection
+    rfile: io.BufferedReader
+    wfile: io.BytesIO
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -1913,79 +1814,56 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Shake hands where TLS is spoken, and make the files."""
         self.client = self.client_address[0] if self.client_address else "local"
         if tls := self.server.config.tls:
-            sock = tls.wrap_socket(self.request.sock, server_side=True, do_handshake_on_connect=False)
-            self.request.sock = sock
-            self.request.arm()
-            sock.do_handshake()
+            self.request.sock = tls.wrap_socket(self.request.sock, server_side=True, do_handshake_on_connect=False)
+            self.request.arm().do_handshake()
         self.rfile = self.request.makefile()
         self.wfile = io.BytesIO()  # an answer leaves as one piece
 
     def handle_one_request(self) -> None:
         """Read a request, answer it, log it."""
         self.close_connection = True
-        self.command, self.path, self.request_version = "-", "-", "HTTP/1.1"
+        self.command, self.path, self.note = "-", "-", ""
         self.unread = True  # there may be more of this request to come
-        self.note = ""  # for the log
-        self.held = 0  # bytes of the body that are counted
         try:
-            self.request.expect(self.server.config.request_timeout)
-            if not self.rfile.peek(1):  # type: ignore[attr-defined]
+            if not self.rfile.peek(1):
                 return
         except (OSError, ValueError):  # idle for too long, or gone
             return
         started = time.monotonic()
         self.request.deadline, self.request.begun = started + self.server.config.request_timeout, True
-        headers: dict[str, str] = {}
+        refusal, payload = None, {}
         try:
             self.read_head()
-            status, payload = self.route()
+            payload = {"success": True, **self.route()}
+        except Refusal as error:
+            refusal = error.with_traceback(None)  # its frames hold the body
+        except TimeoutError:
+            refusal = Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
+        except OSError as error:  # the client is gone
+            refusal = Refusal(0, "gone", str(error))
         except Exception as error:  # a bug too is answered, and the daemon lives
-            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                path = self.path.partition("?")[0][:200]
-                log.info("%s %s - client=%s error=%s", self.command, path, self.client, error)
-                return
-            refusal = self.refusal(error)
-            status, payload, headers = refusal.status, refusal.as_json(), refusal.headers
+            log.error("internal error: %s", describe(error))
+            refusal = Refusal(500, "internal", "internal error: the log has more")
+        status = refusal.status if refusal else 200
+        if refusal:
+            payload = {"success": False, "error": {"type": refusal.type, "message": str(refusal)}, **refusal.more}
             self.note += f" error={refusal}"
-        finally:
-            self.give_back()
-        self.answer(status, payload, headers)
-        log.info(
-            "%s %s %d client=%s seconds=%.3f%s",
-            self.command,
-            self.path.partition("?")[0][:200],  # the query may hold the token
-            status,
-            self.client,
-            time.monotonic() - started,
-            self.note,
-        )
-
-    @staticmethod
-    def refusal(error: Exception) -> Refusal:
-        """What to answer for an exception."""
-        if isinstance(error, Refusal):
-            return error
-        if isinstance(error, TimeoutError):
-            return Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
-        log.error("internal error: %s", describe(error))
-        return Refusal(500, "internal", "internal error: the log has more")
+        if status:
+            self.answer(status, payload, refusal.headers if refusal else {})
+        path = self.path.partition("?")[0][:200]  # the query may hold the token
+        took = time.monotonic() - started
+        log.info("%s %s %s client=%s%s seconds=%.3f", self.command, path, status or "-", self.client, self.note, took)
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal."""
-        lines: list[bytes] = []
-        left = HEAD_BYTES
         # One empty line before a request is passed over (RFC 9112, section 2.2).
-        while line := self.read_line(left) or (not lines and self.read_line(left)):
-            lines.append(line)
-            left -= len(line)
-            if len(lines) > HEAD_LINES:
-                raise Refusal(431, "head_too_large", f"over {HEAD_LINES} lines of headers")
-        match = REQUEST_LINE.fullmatch(lines[0]) if lines else None
+        line, *lines = self.read_lines() or self.read_lines() or [b""]
+        match = REQUEST_LINE.fullmatch(line)
         if not match:
             raise Refusal(400, "malformed_request", "the request line is not METHOD TARGET HTTP/1.1")
         self.command, self.path = match[1].decode(), match[2].decode()
         self.fields: dict[str, list[str]] = {}
-        for line in lines[1:]:
+        for line in lines:
             field = HEADER_LINE.fullmatch(line)
             if not field:  # also a folded line, or a blank before the colon (RFC 9112, sections 5.1 and 5.2)
                 raise Refusal(400, "malformed_request", "a header line is malformed")
@@ -1993,10 +1871,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         http_1_1 = match[3] != b"0"
         if len(self.fields.get("host", ())) != 1 and (http_1_1 or "host" in self.fields):
             raise Refusal(400, "malformed_request", "there must be one Host header (RFC 9112, section 3.2)")
-        self.length = self.body_length(http_1_1)
+        lengths, codings = self.fields.get("content-length", []), self.fields.get("transfer-encoding")
+        if codings and (lengths or len(codings) > 1 or codings[0].lower() != "chunked" or not http_1_1):
+            raise Refusal(400, "malformed_request", "Transfer-Encoding: only `chunked`, alone, and in HTTP/1.1")
+        if lengths and (len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0])):
+            raise Refusal(400, "malformed_request", "Content-Length: not one number")
+        # The body's bytes, None where it comes in chunks (RFC 9112, section 6).
+        self.length = None if codings else int(lengths[0]) if lengths else 0
         self.unread = self.length != 0
         options = ",".join(self.fields.get("connection", ())).lower().split(",")
         self.close_connection = not http_1_1 or "close" in (option.strip() for option in options)
+
+    def read_lines(self) -> list[bytes]:
+        """The lines up to an empty one, without their CRLF. Raises Refusal."""
+        lines: list[bytes] = []
+        left = HEAD_BYTES
+        while line := self.read_line(left):
+            lines.append(line)
+            left -= len(line)
+            if len(lines) > HEAD_LINES:
+                raise Refusal(431, "head_too_large", f"over {HEAD_LINES} lines of headers")
+        return lines
 
     def read_line(self, limit: int) -> bytes:
         """One line without its CRLF. Raises Refusal."""
@@ -2009,67 +1904,49 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, "malformed_request", "a line does not end with CRLF")
         raise ConnectionResetError("closed in the middle of a request")
 
-    def body_length(self, http_1_1: bool) -> int | None:
-        """The body's bytes, None where it comes in chunks (RFC 9112, section 6). Raises Refusal."""
-        lengths, codings = self.fields.get("content-length", []), self.fields.get("transfer-encoding")
-        if codings is None:
-            if lengths and (len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0])):
-                raise Refusal(400, "malformed_request", "Content-Length: not one number")
-            return int(lengths[0]) if lengths else 0
-        if lengths or len(codings) > 1 or codings[0].lower() != "chunked" or not http_1_1:
-            raise Refusal(400, "malformed_request", "Transfer-Encoding: only `chunked`, alone, and in HTTP/1.1")
-        return None
-
-    def read_body(self) -> bytes:
-        """The request's body; `give_back` follows when it is dropped. Raises Refusal."""
-        limit = self.server.config.max_body
+    @contextlib.contextmanager
+    def body(self) -> Iterator[bytes]:
+        """The request's body, counted among all that are being received until the caller has done. Raises Refusal."""
+        server, limit, body, held = self.server, self.server.config.max_body, bytearray(), 0
         too_large = Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
         if (self.length or 0) > limit:
             raise too_large
         if "100-continue" in (field.lower() for field in self.fields.get("expect", ())) and self.unread:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = bytearray()
-        for n in self.chunks():
-            if len(body) + n > limit:
-                raise too_large
-            self.server.receive(n)
-            self.held += n
-            body += self.rfile.read(n)
-            if len(body) < self.held:
-                raise ConnectionResetError("closed in the middle of a body")
-        self.unread = False
-        self.request.answering = True
-        return bytes(body)
-
-    def give_back(self) -> None:
-        """Count the body no longer."""
-        self.server.receive(-self.held)
-        self.held = 0
-
-    def chunks(self) -> Iterator[int]:
-        """The lengths of the body's chunks, one after the other: the caller reads each. Raises Refusal."""
-        if self.length is not None:
-            yield self.length
-            return
-        while match := CHUNK_LINE.fullmatch(self.read_line(4096)):
-            n = int(match[1], 16)
-            if not n:
-                break
-            yield n
-            if self.rfile.read(2) != b"\r\n":
-                raise Refusal(400, "malformed_request", "a chunk is longer than its size")
-        else:
-            raise Refusal(400, "malformed_request", "a chunk's size is malformed")
-        left = HEAD_BYTES
-        while trailer := self.read_line(left):
-            left -= len(trailer)
-            if not HEADER_LINE.fullmatch(trailer):
+        try:
+            while n := self.chunk_size() if self.length is None else self.length - held:
+                if held + n > limit:
+                    raise too_large
+                with server.lock:
+                    if server.receiving + n > ALL_BODIES:
+                        raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
+                    server.receiving += n
+                    held += n
+                body += self.rfile.read(n)
+                if len(body) < held:
+                    raise ConnectionResetError("closed in the middle of a body")
+                if self.length is None and self.rfile.read(2) != b"\r\n":
+                    raise Refusal(400, "malformed_request", "a chunk is longer than its size")
+            if self.length is None and not all(HEADER_LINE.fullmatch(line) for line in self.read_lines()):
                 raise Refusal(400, "malformed_request", "a trailer is malformed")
+            self.unread = False
+            self.request.since = math.inf
+            yield bytes(body)
+        finally:
+            with server.lock:
+                server.receiving -= held
+
+    def chunk_size(self) -> int:
+        """The next chunk's bytes, 0 after the last. Raises Refusal."""
+        match = CHUNK_LINE.fullmatch(self.read_line(4096))
+        if not match:
+            raise Refusal(400, "malformed_request", "a chunk's size is malformed")
+        return int(match[1], 16)
 
     # Answering -------------------------------------------------------------------------------------------------------
 
-    def route(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of the answer to this request. Raises Refusal."""
+    def route(self) -> dict[str, Any]:
+        """What the answer to this request says. Raises Refusal."""
         target = re.sub("(?i)^https?://[^/?]*", "", self.path)  # absolute-form (RFC 9112, section 3.2.2)
         routes = {"/api/v1/s3/alert": ("POST", self.webhook), "/healthz": ("GET", self.health)}
         method, function = routes.get(target.partition("?")[0], (None, None))
@@ -2080,77 +1957,72 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(405, "method_not_allowed", f"only {allow}", {"Allow": allow})
         return function()
 
-    def webhook(self) -> tuple[int, dict[str, Any]]:
-        """Take a webhook's alerts: 200 once they are on disk. Raises Refusal."""
+    def webhook(self) -> dict[str, Any]:
+        """Take a webhook's alerts: each one's state, in the webhook's order, once they are on disk. Raises Refusal."""
         self.authorize()
         queue_, archiver = self.server.queue, self.server.archiver
-        body = self.read_body()
-        try:
-            alerts, problem = read_webhook(body), None
-        except Malformed as error:
-            alerts, problem = [], str(error)
-        except RecursionError:  # at one exact depth the whole is read, and its parts are not
-            alerts, problem = [], "nested too deeply"
-        arrivals = [alert for alert in alerts if isinstance(alert, Arrival)]
-        self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(alerts) - len(arrivals)}"
-        if problem or len(arrivals) < len(alerts):
-            # Nothing that presented the token is lost, whatever it is.
-            minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
-            arrivals.append(Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body))
-        try:
-            numbers = queue_.put(arrivals) if arrivals else []
-        except QueueError as error:
-            raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
-        del body, arrivals
-        self.give_back()
-        archiver.wake.set()
-        if problem:
-            raise Refusal(400, "malformed_webhook", problem)
+        states, numbers = self.take()
+        good = [state for state in states if "error" not in state]
+        if states and not good:
+            more = f" (and {len(states) - 1} more)" if len(states) > 1 else ""
+            raise Refusal(400, "invalid_alert", states[0]["error"]["message"] + more, alerts=states)
         try:
             queued = queue_.wait(numbers, self.server.config.wait, archiver.hopeless)
         except QueueError:  # they are on disk: that is what this answer has to say
             queued = {number: ("webhooks", None) for number in numbers}
-        return self.verdict(alerts, numbers, queued)
+        for state, number in zip(good, numbers, strict=False):  # the last number may be that of the whole webhook
+            if number in queued:
+                step, error = queued[number]
+                state["state"] = "queued"
+                if trouble := json.loads(error) if error else archiver.trouble(step):
+                    state["error"] = trouble
+        return {"alerts": states}
+
+    def take(self) -> tuple[list[dict[str, Any]], list[int]]:
+        """Put a webhook's alerts on disk: each one's state, and the numbers of the jobs. Raises Refusal."""
+        states: list[dict[str, Any]] = []
+        arrivals: list[Arrival] = []
+        problem = ""
+        with self.body() as body:
+            try:
+                for alert in read_webhook(body):
+                    states.append({"id": alert.id, "state": "archived"})
+                    if isinstance(alert, Arrival):
+                        arrivals.append(alert)
+                    else:
+                        error = {"type": "invalid_alert", "message": alert.message}
+                        states[-1].update(state="rejected", error=error)
+            except (Malformed, RecursionError) as why:  # at one exact depth the whole is read, and its parts are not
+                problem = str(why)
+            self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(states) - len(arrivals)}"
+            if problem or len(arrivals) < len(states):
+                # Nothing that presented the token is lost, whatever it is.
+                minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
+                arrivals.append(Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body))
+            try:
+                numbers = self.server.queue.put(arrivals) if arrivals else []
+            except QueueError as error:
+                raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
+        self.server.archiver.wake.set()
+        if problem:
+            raise Refusal(400, "malformed_webhook", problem)
+        return states, numbers
 
     def authorize(self) -> None:
         """Raises Refusal unless the request presents a webhook token, or none is set."""
-        tokens = [token.encode() for token in self.server.config.webhook_token or ()]
-        presented = [
-            urllib.parse.unquote_to_bytes(value)  # `+` is itself here: tokens are often base64
-            for name, _, value in (part.partition("=") for part in self.path.partition("?")[2].split("&"))
-            if name == "token"
-        ]
+        query = self.path.partition("?")[2].replace("+", "%2B")  # `+` is itself here: tokens are often base64
+        presented = urllib.parse.parse_qs(query, encoding="latin-1").get("token", [])
         for field in self.fields.get("authorization", ()):
             scheme, _, value = field.partition(" ")
             if scheme.lower() == "bearer":
-                presented.append(value.strip().encode("latin-1"))
+                presented.append(value.strip())
+        pairs = [(a.encode(), b.encode("latin-1")) for a in self.server.config.webhook_token or () for b in presented]
         # Every pair is compared, each in constant time.
-        if tokens and not any([hmac.compare_digest(token, value) for token in tokens for value in presented]):
+        if self.server.config.webhook_token and not any([hmac.compare_digest(*pair) for pair in pairs]):
             message = "present the webhook token: Authorization: Bearer TOKEN, or ?token=TOKEN"
             raise Refusal(401, "unauthorized", message, {"WWW-Authenticate": 'Bearer realm="ts3d"'})
 
-    def verdict(
-        self, alerts: list[Arrival | Rejected], numbers: list[int], queued: dict[int, tuple[str, str | None]]
-    ) -> tuple[int, dict[str, Any]]:
-        """The answer: each alert's state, in the webhook's order. Raises Refusal where all are rejected."""
-        left, states, rejections = iter(numbers), [], []
-        for alert in alerts:
-            state: dict[str, Any] = {"id": alert.id, "state": "archived"}
-            if isinstance(alert, Rejected):
-                state.update(state="rejected", error={"type": "invalid_alert", "message": alert.message})
-                rejections.append(alert.message)
-            elif (number := next(left)) in queued:
-                step, error = queued[number]
-                state["state"] = "queued"
-                if trouble := json.loads(error) if error else self.server.archiver.trouble(step):
-                    state["error"] = trouble
-            states.append(state)
-        if rejections and len(rejections) == len(alerts):
-            more = f" (and {len(rejections) - 1} more)" if len(rejections) > 1 else ""
-            raise Refusal(400, "invalid_alert", rejections[0] + more, alerts=states)
-        return 200, {"success": True, "alerts": states}
-
-    def health(self) -> tuple[int, dict[str, Any]]:
+    def health(self) -> dict[str, Any]:
         """Whether webhooks can be taken, and what is queued. Raises Refusal."""
         counts: dict[str, Any] = {}
         try:
@@ -2160,42 +2032,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.queue.prove_writable()
         except QueueError as error:
             raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}, **counts) from None
-        return 200, {"success": True, **counts}
+        return counts
 
     def answer(self, status: int, payload: dict[str, Any], headers: dict[str, str]) -> None:
         """Send the answer; where the client may still be sending, let it read before the connection closes."""
         if self.unread or self.server.stopping:
             self.close_connection = True
         body = json.dumps(payload).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
+        headers = {"Server": "ts3d", "Date": self.date_time_string(), "Content-Type": "application/json", **headers}
         if self.close_connection:
-            self.send_header("Connection", "close")
+            headers["Connection"] = "close"
+        self.send_response_only(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)  # type: ignore[attr-defined]
+        data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)
         self.wfile = io.BytesIO()
         # Idle from here on: the client, which reads this first, must not be overtaken by this thread's next line.
-        self.request.since = time.monotonic()
-        self.request.deadline = self.request.since + self.server.config.request_timeout
+        self.request.expect(self.server.config.request_timeout)
         try:
             self.request.sendall(data)
             if self.unread:
                 # Take what the client still sends, or a reset would come before it has read its answer (RFC 9112, 9.6).
+                self.request.begun = True
                 self.request.shutdown(socket.SHUT_WR)
-                self.request.answering = False
                 while self.rfile.read1(65536):
                     pass
         except OSError as error:
             self.close_connection = True
             log.debug("connection closed client=%s: %s", self.client, error)
-
-    def version_string(self) -> str:
-        """The Server header, without Python's version."""
-        return "ts3d"
-
-    def log_request(self, *_: Any) -> None:
-        """Nothing: handle_one_request logs, when the answer is sent."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2268,29 +2133,29 @@ def serve(config: Config) -> int:
 def check(path: str) -> int:
     """Look at configuration, queue, S3 and Threat Stack: a line each, `ok` or what is wrong."""
 
-    def look(name: str, probe: Callable[[], str]) -> bool:
-        try:
-            print(f"ok    {name:14}{printable(redact(probe()))}", flush=True)
-            return True
-        except Exception as error:  # one look that goes wrong must not keep the others from being taken
-            expected = isinstance(error, (ConfigError, UpstreamError, QueueError))
-            print(f"FAIL  {name:14}{printable(redact(str(error) if expected else describe(error)))}", flush=True)
-            return False
-
-    config = Config()
-
-    def configuration() -> str:
+    def check_configuration(config: Config) -> str:
         vars(config).update(vars(load_config(path)))
         require_upstreams(config)
         listen_address(config)
         return path
 
-    results = [look("configuration", configuration)]
-    if results[0]:
-        results.append(look("queue", lambda: check_queue(config)))
-        results.append(look("s3", lambda: S3(config).check()))
-        results.append(look("threatstack", lambda: ThreatStack(config).check()))
-    return 0 if all(results) else 1
+    config, code = Config(), 0
+    looks: dict[str, Callable[[Config], str]] = {
+        "configuration": check_configuration,
+        "queue": check_queue,
+        "s3": lambda config: S3(config).check(),
+        "threatstack": lambda config: ThreatStack(config).check(),
+    }
+    for name, look in looks.items():
+        try:
+            verdict, said = "ok", look(config)
+        except Exception as error:  # one look that goes wrong must not keep the others from being taken
+            expected = isinstance(error, (ConfigError, UpstreamError, QueueError))
+            verdict, said, code = "FAIL", str(error) if expected else describe(error), 1
+        print(f"{verdict:6}{name:14}{printable(redact(said))}", flush=True)
+        if name == "configuration" and code:
+            break
+    return code
 
 
 def check_queue(config: Config) -> str:
@@ -2300,11 +2165,8 @@ def check_queue(config: Config) -> str:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ConfigError(f"{config.path}: {folder} is no folder that can be written ([queue] path)")
         return f"{config.path} is not there yet: `ts3d serve` makes it"
-    queue_ = Queue(config.path, config.max_size)
-    try:
+    with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
         queued, failed, _ = queue_.counts()
-    finally:
-        queue_.close()
     return f"{config.path}: {queued} queued, {failed} failed"
 
 
@@ -2319,7 +2181,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("serve", parents=[option], help="the daemon (the default command)")
     commands.add_parser("check", parents=[option], help="say whether everything is in place")
     chosen = parser.parse_args(arguments)
-    path = find_config(getattr(chosen, "config", None))
+    path = getattr(chosen, "config", None) or next(filter(os.path.exists, CONFIG_FILES), CONFIG_FILES[-1])
     try:
         if chosen.command == "check":
             return check(path)

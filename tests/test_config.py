@@ -128,7 +128,7 @@ def test_a_broken_boto3(new_daemon):
 def test_a_missing_file(new_daemon):
     daemon = new_daemon(start=False)
     daemon.config.unlink()
-    assert "no such file" in wrong(daemon)
+    assert "No such file" in wrong(daemon)
 
 
 def test_without_a_token_only_loopback_is_listened_on(new_daemon):
@@ -273,7 +273,7 @@ def test_ts3d_conf_says_what_the_table_says():
 
 
 def test_ts3d_conf_is_valid_and_means_the_defaults(monkeypatch):
-    for name in ts3d.ENVIRONMENT:
+    for name in ts3d.ENVIRONMENT.values():
         monkeypatch.delenv(name, raising=False)
     config = ts3d.load_config(str(ROOT / "ts3d.conf"))
     assert (config.listen, config.wait, config.max_size) == (("127.0.0.1", 8080), 2, 1 << 30)
