@@ -196,7 +196,7 @@ class Sender:
 
     def all_archived(self, daemon):
         """Wait for it, and for the queue to be empty."""
-        until(lambda: daemon.health()["queued"] == 0, 60, "empty queue")
+        until(lambda: daemon.health().get("queued") == 0, 60, "empty queue")
         assert daemon.health()["failed"] == 0
         assert self.archived(self.alerts)
 
