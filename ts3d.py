@@ -1026,12 +1026,13 @@ class UpstreamError(Exception):
 
     `scope`: "all" holds the upstream at once; "some" does when it strikes two different alerts; "alert" says that
     the upstream works and this alert is the trouble. `retry_after`: seconds. `longest` is filled in by Upstream.call:
-    the longest pause in seconds before the alert's next try, None where the upstream is held. `doubtful`: the upstream
-    that the alert failed at, where nothing says whether it works for others.
+    the longest pause in seconds before the alert's next try, None where the upstream is held. `blames`: the upstream
+    that an outage might be of; `doubtful`: it has worked for nobody since the alert failed last.
     """
 
     longest: float | None = LONGEST_PAUSE
-    doubtful: "Upstream | None" = None
+    blames: "Upstream | None" = None
+    doubtful = False
 
     def __init__(self, upstream: str, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> None:
         super().__init__(printable(redact(text))[:500])
@@ -1132,11 +1133,12 @@ class Upstream:
         with self._lock:
             stale = started < self._worked  # others have succeeded since this call began
             if not self.hold and error.scope == "some" and (stale or self._suspect in (None, number)):
+                error.blames = self
+                # Unless it has worked for others since this alert failed last (or at all), nothing says that this alert
+                # is the trouble, so it is tried again as soon as a held upstream is probed.
+                error.doubtful = stale or not self._worked or self._suspect == number
                 if not stale:
-                    # Unless it has worked for others since this alert failed last (or at all), nothing says that
-                    # this alert is the trouble, so it is tried again as soon as a held upstream is probed.
-                    if not self._worked or self._suspect == number:
-                        error.longest, error.doubtful = PROBE_PAUSE, self
+                    error.longest = PROBE_PAUSE if error.doubtful else LONGEST_PAUSE
                     self._suspect = number
                 return
             began = not self.hold
@@ -1166,13 +1168,15 @@ class Upstream:
         """Make the cheapest call there is; what it proves, in words. Raises UpstreamError."""
         raise NotImplementedError
 
-    def is_away(self) -> bool:
-        """Whether that call fails too: then an outage is the trouble of an alert that failed, which is not given up."""
+    def works(self) -> bool:
+        """Whether that call succeeds."""
+        started = time.monotonic()
         try:
             self.check()
         except UpstreamError:
-            return True
-        return False
+            return False
+        self._succeed(started)
+        return True
 
     def error(self, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> UpstreamError:
         """An UpstreamError of this upstream."""
@@ -1643,7 +1647,8 @@ class Archiver:
             limit = min(limit, NOT_FOUND_FOR)
         job.tries += 1
         job.waited += seconds
-        if job.waited >= limit and not (error.doubtful and error.doubtful.is_away()):
+        # An outage is no fault of the alert: the upstream must have worked since the try before, and work now.
+        if job.waited >= limit and (not error.blames or (error.blames.works() and not error.doubtful)):
             log.error("alert %s failed for good after %d tries: %s", job.id, job.tries, error)
             return self.queue.retry(job, now, text, True)
         left = max(0.0, limit - job.waited) or PROBE_PAUSE

@@ -80,3 +80,14 @@ def test_the_demo():
 def test_nothing_else_stands_at_the_top():
     top = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__pycache__"))}
     assert top <= {"README.md", "systemd", "tests", "ts3d.conf", "ts3d.py"}
+
+
+def test_every_promise_names_its_tests():
+    section = re.search(r"^## What it promises\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(rows) > 5
+    for row in rows:
+        names = re.findall("`(test_[a-z0-9_]+)`", row.split("|")[3])
+        assert names, row
+        assert [name for name in names if f"def {name}(" not in sources] == []

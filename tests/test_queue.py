@@ -1,10 +1,6 @@
 """The queue: what was answered 200 survives, and what it cannot keep is answered 503."""
 
-import random
-import re
-import shutil
 import sqlite3
-import subprocess
 import threading
 import time
 
@@ -12,43 +8,6 @@ import pytest
 from conftest import alert, until
 
 import ts3d
-
-
-def test_kill_at_any_moment_loses_nothing(new_daemon, s3):
-    daemon = new_daemon(server__wait="0")
-    acknowledged, stop = set(), threading.Event()
-
-    def client(number):
-        n = 0
-        while not stop.is_set():
-            n += 1
-            alerts = [alert(number * 100_000 + 10 * n + i) for i in range(3)]
-            try:
-                status, answer = daemon.post({"alerts": alerts})
-            except OSError:
-                stop.wait(0.05)
-                continue
-            assert status == 200
-            acknowledged.update(a["id"] for a in answer["alerts"])
-
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(1, 5)]
-    for thread in clients:
-        thread.start()
-    rng = random.Random(2)
-    for _ in range(6):
-        before = len(acknowledged)
-        until(lambda: len(acknowledged) > before)  # noqa: B023
-        stop.wait(rng.random() / 2)
-        daemon.kill()
-        daemon.start()
-    stop.set()
-    for thread in clients:
-        thread.join()
-    until(lambda: daemon.health()["queued"] == 0, 60)
-    objects = s3.objects()
-    for number in acknowledged:
-        assert f"alerts/al/er/{number}" in objects
-    assert acknowledged <= {key.rpartition("/")[2] for key in objects if key.startswith("webhooks/")}
 
 
 def test_archived_is_there_when_it_is_said(new_daemon, s3):
@@ -235,27 +194,3 @@ def test_requests_that_wait_share_a_commit(queue, monkeypatch):
     for thread in threads:
         thread.join()
     assert batches == [1, 20]
-
-
-def test_a_sync_comes_before_the_answer(new_daemon, tmp_path):
-    """strace shows the order: the write of the alert, the sync, the 200."""
-    if not shutil.which("strace"):
-        pytest.skip("no strace")
-    daemon = new_daemon(archive__workers="0")
-    trace = tmp_path / "trace"
-    calls = "trace=fdatasync,fsync,sendto,pwrite64"
-    strace = subprocess.Popen(
-        ["strace", "-f", "-s", "4000", "-e", calls, "-o", trace, "-p", str(daemon.process.pid)], stderr=subprocess.PIPE
-    )
-    if b"attached" not in (line := strace.stderr.readline()):
-        pytest.skip(f"strace cannot attach: {line.decode()}")
-    daemon.post({"alerts": [alert(0)]})
-    daemon.stop()
-    strace.wait(10)
-    order = re.findall(
-        r"(alert-000000.*title|pwrite64\(.*alert-000000|f(?:data)?sync\(|sendto\(.*200 OK)", trace.read_text()
-    )
-    kinds = [re.match(r"\w+", call)[0].replace("fsync", "fdatasync") for call in order]
-    assert "pwrite64" in kinds[: kinds.index("sendto")]
-    written = kinds.index("pwrite64")
-    assert "fdatasync" in kinds[written : kinds.index("sendto")], order
