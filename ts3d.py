@@ -933,6 +933,8 @@ class Queue:
 
     def _read(self, sql: str, *values: Any) -> list[Any]:
         """All rows at once: no read transaction outlives its statement, where it would hold up the checkpoint."""
+        if self._broken:
+            raise QueueError("the queue is being opened anew")
         try:
             return self._reader.execute(sql, values).fetchall()
         except sqlite3.Error as error:
@@ -2210,6 +2212,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 78  # EX_CONFIG of sysexits.h
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:  # no thread can be started
+        print(f"ts3d: {error}", file=sys.stderr)
+        return 1
     except Exception as error:  # a bug: one line for the user, who can do nothing with a traceback
         print(f"ts3d: internal error: {printable(redact(describe(error)))}", file=sys.stderr)
         return 1
