@@ -761,8 +761,8 @@ class Queue:
                 self._lock.notify_all()
 
     def catch_up(self) -> None:
-        """Try to write what the disk refused, if there is any."""
-        if self._outcomes:
+        """Try to write what the disk refused, if there is any, or to open the queue anew."""
+        if self._outcomes or self._broken:
             with contextlib.suppress(QueueError):
                 self._write(lambda db: None)
 
