@@ -563,7 +563,7 @@ class Queue:
 
         Raises ConfigError where there is none, or none that can be used.
         """
-        self.path, self.max_size = path, max_size
+        self.path, self.max_size, self._create = path, max_size, create
         self.trouble: str | None = None  # why the last transaction failed
         self._suspect = False  # SQLite says that the file is malformed
         self._broken = False  # the connections are of no use any more
@@ -576,11 +576,7 @@ class Queue:
         self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
         self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
         try:
-            if create:
-                self._keep_others_out()
-            elif not os.path.exists(path):
-                raise ConfigError(f"{path}: there is no queue yet: `ts3d serve` makes it ([queue] path)")
-            self._open(create)
+            self._open()
         except sqlite3.Error as error:
             raise ConfigError(f"{path}: {error} ([queue] path)") from None
         except OSError as error:
@@ -598,20 +594,25 @@ class Queue:
         except BlockingIOError:
             raise ConfigError(f"{self.path}: another `ts3d serve` works on this queue ([queue] path)") from None
 
-    def _open(self, create: bool) -> None:
-        """Open the file, moving it aside and starting anew where it is malformed and this is the daemon."""
-        if create and os.path.exists(self.path):
-            with open(self.path, "rb") as file:
-                damage = self._look_for_damage(file)
-            if damage:
-                self._move_aside(damage)
-        self._db = self._connect("rwc" if create else "rw")
+    def _open(self) -> None:
+        """Open the file. The daemon makes it where it is missing, and moves it aside where it is malformed."""
+        exists = os.path.exists(self.path)
+        if self._create:
+            self._keep_others_out()
+            if exists:
+                with open(self.path, "rb") as file:
+                    damage = self._look_for_damage(file)
+                if damage:
+                    self._move_aside(damage)
+        elif not exists:
+            raise ConfigError(f"{self.path}: there is no queue yet: `ts3d serve` makes it ([queue] path)")
+        self._db = self._connect("rwc" if self._create else "rw")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if version > self.VERSION or (version == 0 and tables):
             what = f"made by a newer ts3d (version {version})" if version else "some other SQLite file"
             raise ConfigError(f"{self.path}: {what} ([queue] path)")
-        if create:
+        if self._create:
             if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 raise ConfigError(f"{self.path}: this file system does not carry SQLite's WAL ([queue] path)")
             if version == 0:
@@ -892,7 +893,7 @@ class Queue:
     def _checkpoint(self) -> None:
         """Copy a write-ahead log that has grown into the file, while the write lock keeps others from committing."""
         try:
-            if file_size(self.path + "-wal") <= self._checkpoint_at:
+            if not self._create or file_size(self.path + "-wal") <= self._checkpoint_at:
                 return
             self._begin()
             try:
@@ -910,8 +911,7 @@ class Queue:
             self._broken = True  # until all of this has worked
             for file in (self._db, self._reader, self._file):
                 file.close()
-            self._keep_others_out()
-            self._open(create=True)
+            self._open()
             self._broken = False
         log.warning("the queue was opened anew")
 

@@ -212,7 +212,8 @@ def test_a_clock_that_jumps_stalls_and_expires_nothing(new_daemon, api, timeless
 @pytest.mark.parametrize("status", [401, 429, 500])
 def test_a_week_without_threat_stack(new_daemon, api, timeless, tmp_path, status):
     """All clocks, the monotonic one too, go so fast that a week takes half a minute."""
-    daemon = new_daemon(start=False, server__wait="0", s3__endpoint_url=api.url)
+    hours = {"server__request_timeout": "1h", "threatstack__timeout": "1h"}  # an hour takes 0.2 s then
+    daemon = new_daemon(start=False, server__wait="0", s3__endpoint_url=api.url, **hours)
     clock = Clock(tmp_path, daemon)
     daemon.start()
     api.status = status
@@ -221,6 +222,7 @@ def test_a_week_without_threat_stack(new_daemon, api, timeless, tmp_path, status
     clock.set("+0 x20000")
     until(lambda: (health := daemon.health())["oldest_seconds"] > 8 * 86400 and health, 120)
     assert (daemon.health()["queued"], daemon.health()["failed"]) == (5, 0)
+    clock.set("+9d x1")
     api.status = None
     until(lambda: len(timeless) == 10, 60)
     drained(daemon)
