@@ -49,6 +49,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -57,6 +58,7 @@ from typing import Any, NamedTuple, TypeVar
 
 VERSION = "0.1.0"
 T = TypeVar("T")
+Write = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]  # a part of a transaction, and what comes of it
 log = logging.getLogger("ts3d")
 
 
@@ -504,16 +506,6 @@ class Job:
     seated: bool = False  # has one of Threat Stack's seats
 
 
-class Write:
-    """A part of a transaction: what it does, its result or error, and whether the transaction is over."""
-
-    def __init__(self, run: Callable[[sqlite3.Connection], Any]) -> None:
-        self.run = run
-        self.result: Any = None
-        self.error: QueueError | None = None
-        self.finished = threading.Event()
-
-
 @dataclass
 class Outcome:
     """What became of a job that was taken: it is done, or it goes back into the queue, or it has failed."""
@@ -819,13 +811,9 @@ class Queue:
 
     def _write(self, run: Callable[[sqlite3.Connection], T]) -> T:
         """Have `run` take part in the next transaction, and return its result. Raises QueueError."""
-        write = Write(run)
-        self._inbox.put(write)
-        write.finished.wait()
-        if write.error:
-            raise write.error
-        result: T = write.result
-        return result
+        future: Future[T] = Future()
+        self._inbox.put((run, future))
+        return future.result()
 
     def _write_all(self) -> None:
         """The writer thread: commit all that waits, until None comes."""
@@ -838,6 +826,7 @@ class Queue:
             self._commit([write for write in writes if write])
 
     def _commit(self, writes: list[Write]) -> None:
+        results: list[Any] = []
         try:
             with self._lock:
                 outcomes = list(self._outcomes.values())
@@ -845,11 +834,11 @@ class Queue:
                 self._reopen()
             self._begin()
             self._write_outcomes(outcomes)
-            for write in writes:
+            for run, _ in writes:
                 try:
-                    write.result = write.run(self._db)
+                    results.append(run(self._db))
                 except QueueError as error:  # refuses this one, before it changed anything
-                    write.error = error
+                    results.append(error)
             self._db.execute("COMMIT")
             self._forget_outcomes(outcomes)
             self._note_trouble(None)
@@ -857,10 +846,9 @@ class Queue:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             self._note_trouble(error)
-            for write in writes:
-                write.error = QueueError(f"the queue cannot be written: {error}")
-        for write in writes:
-            write.finished.set()
+            results = [QueueError(f"the queue cannot be written: {error}") for _ in writes]
+        for (_, future), result in zip(writes, results, strict=True):
+            future.set_exception(result) if isinstance(result, QueueError) else future.set_result(result)
         self._checkpoint()
 
     def _begin(self) -> None:
@@ -920,14 +908,12 @@ class Queue:
 
         An open file outlives its name: what is in it is archived, but the next process would not find it.
         """
-        try:
-            return self._files != self._identities()
-        except OSError:
-            return True
+        return self._files != self._identities()
 
-    def _identities(self) -> list[tuple[int, int]]:
-        stats = [os.stat(self.path + part) for part in ("", "-wal", "-shm")]
-        return [(stat.st_dev, stat.st_ino) for stat in stats]
+    def _identities(self) -> list[tuple[int, int]] | None:
+        with contextlib.suppress(OSError):
+            return [(s.st_dev, s.st_ino) for s in (os.stat(self.path + part) for part in ("", "-wal", "-shm"))]
+        return None
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
