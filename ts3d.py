@@ -21,6 +21,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -1989,7 +1990,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.body() as body:
             try:
                 with self.server.parsing:
-                    alerts = read_webhook(body)
+                    gc.disable()  # it would look at millions of new values again and again, in which there is no cycle
+                    try:
+                        alerts = read_webhook(body)
+                    finally:
+                        gc.enable()
                 for alert in alerts:
                     states.append({"id": alert.id, "state": "archived"})
                     if isinstance(alert, Arrival):
