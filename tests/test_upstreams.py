@@ -1,0 +1,429 @@
+"""Each way in which Threat Stack or S3 may misbehave: what the answer says, what the log says once, what mends it.
+
+A row of the tables is one upstream that breaks before the daemon starts and is mended later. Then everything must be
+archived, with nothing failed, nothing lost and nobody's help.
+"""
+
+import contextlib
+import gzip
+import itertools
+import json
+import os
+import re
+import socket
+import ssl
+import struct
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from typing import Any, NamedTuple
+
+import pytest
+import threatstack
+import trustme
+from conftest import AWS, BUCKET, alert, until
+
+import ts3d
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How an upstream breaks: contexts, given the World, which break it and mend it at their end
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class World:
+    """The daemon, which is not started yet, and the upstream of whose failure a row speaks."""
+
+    def __init__(self, daemon, upstream, folder):
+        self.daemon, self.upstream, self.folder = daemon, upstream, folder
+
+
+def answering(mode):
+    """It answers as `mode` has it: a status, a name, or a function of threatstack.Handler."""
+
+    @contextlib.contextmanager
+    def fault(world):
+        world.upstream.mode = mode
+        yield
+        world.upstream.mode = None
+
+    return fault
+
+
+def status(code, body=b'{"status": "error", "message": "because"}', **headers):
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def answer(handler):
+        handler.send(code, body, [(name, v() if callable(v) else v) for name, v in names.items()])
+
+    return answering(answer)
+
+
+def date(seconds):
+    return format_datetime(datetime.now(timezone.utc) + timedelta(seconds=seconds), usegmt=True)
+
+
+def raw(*pieces, pause=0.0, then=None, times=1):
+    """Bytes, as they are, with `pause` seconds after each piece; `then` over and over; and the connection is closed."""
+
+    def answer(handler):
+        handler.close_connection = True
+        for piece in pieces:
+            handler.wfile.write(piece)
+            handler.server.released.wait(pause)
+        while then and not handler.server.released.wait(pause):
+            handler.wfile.write(then)
+
+    return answering(answer)
+
+
+def bytewise(text):
+    return [bytes([byte]) for byte in text]
+
+
+def aborted(handler):
+    """A connection that is reset, rather than closed."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())
+
+
+@contextlib.contextmanager
+def refused(world):
+    port = world.upstream.port
+    world.upstream.stop()
+    yield
+    world.upstream.__init__(port)
+
+
+@contextlib.contextmanager
+def unresolvable(world):
+    """This is mended in the configuration, so with a restart."""
+    option = "s3__endpoint_url" if isinstance(world.upstream, Bucket) else "threatstack__base_url"
+    section, _, name = option.partition("__")
+    right = world.daemon.options[section, name]
+    world.daemon.set(**{option: f"http://nonexistent.invalid:{world.upstream.port}/api/v1"})
+    yield
+    world.daemon.set(**{option: right})
+    restart(world)
+
+
+def until_restart(fault):
+    @contextlib.contextmanager
+    def faulty(world):
+        with fault(world):
+            yield
+        restart(world)
+
+    return faulty
+
+
+def restart(world):
+    assert world.daemon.stop() == 0
+    world.daemon.start()
+
+
+def tls(names=("127.0.0.1",), known=True, trusted_later=False, plain=False, **more):
+    """It speaks TLS with a certificate for these names, of a CA that is known or not."""
+
+    @contextlib.contextmanager
+    def fault(world):
+        ours, others = trustme.CA(), trustme.CA()
+        bundle = world.folder / "ca.pem"
+        ours.cert_pem.write_to_path(bundle)
+        world.daemon.environment["SSL_CERT_FILE"] = str(bundle)
+        world.daemon.set(threatstack__base_url=f"https://127.0.0.1:{world.upstream.port}/api/v1")
+
+        def speak(ca, *names, **more):
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            ca.issue_cert(*names, **more).configure_cert(context)
+            world.upstream.tls = context
+
+        if not plain:
+            speak(ours if known else others, *names, **more)
+        yield
+        if trusted_later:
+            others.cert_pem.write_to_path(bundle)
+        else:
+            speak(ours, "127.0.0.1")
+
+    return fault
+
+
+@contextlib.contextmanager
+def spoken_plain(world):
+    """It speaks TLS, and base_url says http:."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    world.upstream.tls = context
+    yield
+    world.upstream.tls = None
+
+
+class Bucket(threatstack.Faulty):
+    """S3's stand-in."""
+
+
+def s3_error(status, code, text="because", **members):
+    """S3's own answer. https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html"""
+    more = "".join(f"<{name}>{value}</{name}>" for name, value in members.items())
+    body = (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        f"<Error><Code>{code}</Code><Message>{text}</Message>{more}<RequestId>4442587FB7D0A2F9</RequestId></Error>"
+    ).encode()
+    return answering(
+        lambda h: h.send(status, b"" if h.command == "HEAD" else body, [("Content-Type", "application/xml")])
+    )
+
+
+def credentials(text):
+    """Credentials in the file that boto3 reads, wrong at first."""
+
+    @contextlib.contextmanager
+    def fault(world):
+        file = world.folder / "credentials"
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            del world.daemon.environment[name]
+        world.daemon.environment |= {"AWS_SHARED_CREDENTIALS_FILE": str(file), "HOME": str(world.folder)}
+        if text:
+            file.write_text(text)
+        yield
+        pair = AWS["AWS_ACCESS_KEY_ID"], AWS["AWS_SECRET_ACCESS_KEY"]
+        file.write_text("[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n".format(*pair))
+
+    return fault
+
+
+@contextlib.contextmanager
+def bucket_missing(world):
+    """The real server's, whose buckets are folders."""
+    folder = world.upstream.folder / "unmade"
+    world.daemon.set(s3__bucket="unmade")
+    yield
+    folder.symlink_to(world.upstream.folder / BUCKET, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    name: str
+    fault: Callable[[World], Any]
+    type: str  # of the error that the answer gives for a queued alert, after `threatstack_` or `s3_`
+    says: str  # once in the log, where the upstream is held; otherwise with each try of each alert
+    held: bool = True
+    back: bool = True  # by itself, without a restart
+    pause: float = 0.0  # seconds that it asked for, and that nobody calls it
+    options: dict = {}
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+NOT_FOLLOWED = "redirects are not followed.*base_url"
+
+THREAT_STACK = [
+    Row("refused", refused, "unreachable", "cannot be reached: .*refused"),
+    Row("aborted", answering(aborted), "broken_off", "reset by peer"),
+    Row("closed without a word", answering("reset"), "broken_off", "closed connection without response"),
+    Row("silent", answering("hang"), "timeout", r"no whole answer within 1 s \(\[threatstack\] timeout\)"),
+    Row("head, a byte now and then", raw(*bytewise(HEAD * 20), pause=0.2), "timeout", "no whole answer within 1 s"),
+    Row(
+        "body, a byte now and then", raw(HEAD + b"\r\n", then=b" ", pause=0.2), "timeout", "no whole answer within 1 s"
+    ),
+    Row("head without end", raw(HEAD, then=b"X: y\r\n", pause=0.05), "timeout", "no whole answer within 1 s"),
+    Row("head of many lines", raw(HEAD + b"X: y\r\n" * 101), "broken_off", "more than 100 headers"),
+    Row("head of one long line", raw(HEAD + b"X: " + b"y" * 70_000), "broken_off", "more than 65536 bytes"),
+    Row(
+        "100 for ever", raw(then=b"HTTP/1.1 100 Continue\r\n\r\n", pause=0.02), "timeout", "no whole answer within 1 s"
+    ),
+    Row(
+        "body without end",
+        raw(HEAD + b"\r\n", then=b" " * 1_000_000),
+        "bad_answer",
+        "an answer of over 33554432 bytes",
+        options={"threatstack__timeout": "20"},
+    ),
+    Row(
+        "chunks without end",
+        raw(CHUNKED, then=b"100000\r\n" + b" " * 0x100000 + b"\r\n"),
+        "bad_answer",
+        "an answer of over 33554432 bytes",
+        options={"threatstack__timeout": "20"},
+    ),
+    Row("body cut", raw(HEAD + b"Content-Length: 1000\r\n\r\n{}"), "broken_off", "broke off 998 bytes before its end"),
+    Row("body cut, no length", raw(HEAD + b'\r\n{"id": "alert'), "bad_answer", "not JSON: line 1 column 8"),
+    Row("chunk cut", raw(CHUNKED + b"9\r\n{}"), "broken_off", "broke off"),
+    Row("chunk of no size", raw(CHUNKED + b"x\r\n{}\r\n0\r\n\r\n"), "broken_off", "broke off"),
+    Row("HTTP/0.9", raw(b'{"id": "alert-000000"}\n'), "broken_off", r"broke off: \{"),
+    Row("status line of garbage", raw(b"\x00\xff\x1b[31m\r\n\r\n"), "broken_off", r"broke off: \\x00"),
+    Row("status of letters", raw(b"HTTP/1.1 OK\r\n\r\n"), "broken_off", "broke off: HTTP/1.1 OK"),
+    Row("204", raw(b"HTTP/1.1 204 No Content\r\n\r\n"), "204", "Threat Stack: 204"),
+    Row("200, empty", status(200, b""), "bad_answer", "not JSON: line 1 column 1"),
+    Row("200, a page", answering("garbage"), "bad_answer", "not JSON: line 1 column 1"),
+    Row(
+        "200, gzip", status(200, gzip.compress(b"{}"), Content_Encoding="gzip"), "bad_answer", "not JSON: byte 1 is not"
+    ),
+    Row("200, nested", status(200, b"[" * 100_000), "bad_answer", "nested too deeply"),
+    Row("200, NaN", status(200, b'{"id": NaN}'), "bad_answer", "NaN is no JSON number"),
+    Row("200, an error", status(200, b'{"errors": ["x"]}'), "bad_answer", "an error with status 200"),
+    Row("200, another alert", status(200, threatstack.detail("x")), "bad_answer", "not this alert's detail"),
+    Row("400", status(400), "400", 'Threat Stack: 400 .*"because"'),
+    Row("401", status(401), "unauthorized", r"is \[threatstack\] api_key right.*401"),
+    Row("500", status(500), "500", "Threat Stack: 500"),
+    Row("503, Retry-After", status(503, Retry_After=2), "503", "Threat Stack: 503", pause=2),
+    Row("429", status(429), "rate_limited", "Threat Stack: 429"),
+    Row("429, no JSON", status(429, b"slow down"), "rate_limited", "Threat Stack: 429 slow down"),
+    Row("429, Retry-After in seconds", status(429, Retry_After=2), "rate_limited", "429", pause=2),
+    Row("429, Retry-After as a date", status(429, Retry_After=lambda: date(3)), "rate_limited", "429", pause=1.9),
+    Row("429, x-rate-limit-reset", status(429, x_rate_limit_reset=2000), "rate_limited", "429", pause=2),
+    Row("429, an hour", until_restart(status(429, Retry_After=10**8)), "rate_limited", "429", back=False),
+    Row("429, a past date", status(429, Retry_After=date(-9999)), "rate_limited", "429"),
+    Row("429, negative", status(429, Retry_After=-5, x_rate_limit_reset=-5), "rate_limited", "429"),
+    Row("429, garbage", status(429, Retry_After="soon", x_rate_limit_reset="NaN"), "rate_limited", "429"),
+    Row("wrong host", tls(["elsewhere.example"]), "unreachable", "certificate is not valid for '127.0.0.1'"),
+    Row("unknown CA", tls(known=False), "unreachable", "unable to get local issuer certificate"),
+    Row(
+        "certificate expired",
+        tls(not_after=datetime.now(timezone.utc) - timedelta(days=1)),
+        "unreachable",
+        "certificate has expired",
+    ),
+    Row("no TLS", tls(plain=True), "unreachable", "SSL: "),
+    Row("TLS", spoken_plain, "broken_off", "broke off"),
+]
+
+S3 = [
+    Row("refused", refused, "EndpointConnectionError", "Could not connect"),
+    Row("unresolvable", unresolvable, "EndpointConnectionError", "nonexistent.invalid", back=False),
+    Row("aborted", answering(aborted), "ConnectionClosedError|HTTPClientError|EndpointConnectionError", ""),
+    Row("closed without a word", answering("reset"), "ConnectionClosedError", "Connection was closed"),
+    Row("silent", answering("hang"), "ReadTimeoutError", "Read timeout"),
+    Row("status line of garbage", raw(b"garbage\r\n\r\n"), "ConnectionClosedError|HTTPClientError", ""),
+    Row("200, a page", answering("garbage"), "bad_answer", "a 200 without an ETag is not S3's answer"),
+    Row("502, a page", status(502, b"<html>Bad Gateway"), "502", "502"),
+    Row("412", s3_error(412, "PreconditionFailed"), "PreconditionFailed", "PreconditionFailed"),
+    Row("409", s3_error(409, "ConditionalRequestConflict"), "ConditionalRequestConflict", "ConditionalRequestConflict"),
+    Row(
+        "409, IfNoneMatch",
+        s3_error(409, "ConditionalRequestConflict"),
+        "ConditionalRequestConflict",
+        "ConditionalRequestConflict",
+        held=False,
+        options={"put_object__IfNoneMatch": "*"},
+    ),
+    Row("SlowDown", s3_error(503, "SlowDown"), "SlowDown", "SlowDown"),
+    Row("429", status(429, b""), "429", "429"),
+]
+
+REAL_S3 = []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests that walk them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def walk(row, world, name, objects):
+    daemon = world.daemon
+    with row.fault(world):
+        daemon.start()
+        assert daemon.post({"alerts": [alert(0), alert(1)]})[0] == 200
+        if row.held:
+            until(lambda: daemon.logged(rf"WARNING {name} is held: [^\n]*{row.says}"), 30, "hold")
+        else:
+            for n in range(2):
+                until(lambda n=n: daemon.logged(rf"alert alert-00000{n}: [^\n]*{row.says}[^\n]*; try 2 follows in"))
+        # What comes meanwhile is taken, and told what stands in the way.
+        code, answer = daemon.post({"alerts": [alert(0), alert(2)]})
+        assert code == 200
+        for state in answer["alerts"][: 1 + row.held]:
+            assert state["state"] == "queued"
+            assert re.fullmatch(f"{name}_({row.type})", state["error"]["type"]), state
+            assert re.search(row.says, state["error"]["message"])
+        if (calls := getattr(world.upstream, "calls", None)) and row.held and row.back:
+            first = len(calls)
+            until(lambda: len(calls) > first, 30, "probe")
+        assert daemon.health()["queued"] == 3
+    until(lambda: daemon.health()["queued"] == 0, 20, "empty queue")  # within 20 s of its mend
+    assert daemon.health()["failed"] == 0
+    for n in range(3):
+        id_ = alert(n)["id"]
+        assert objects()[f"alerts/al/er/{id_}"] == threatstack.detail(id_)
+        assert objects()[f"webhooks/2017/01/17/13/{51 + n}/{id_}"] == json.dumps(alert(n)).encode()
+        assert len(re.findall(f"INFO archived id={id_} ", daemon.log())) == 1
+    assert len(re.findall(f"{name} is held: ", daemon.log())) == row.held
+    assert len(re.findall(rf"{name} is back after \d+ s", daemon.log())) == (row.held and row.back)
+    if row.pause:
+        times = [when for when, _, _ in world.upstream.calls]
+        assert max(after - before for before, after in itertools.pairwise(times)) >= row.pause - 0.01
+
+
+def named(rows):
+    return pytest.mark.parametrize("row", rows, ids=lambda row: row.name.replace(" ", "-"))
+
+
+QUICK = {"server__wait": "0", "threatstack__timeout": "1"}
+
+
+@named(THREAT_STACK)
+def test_threat_stack(new_daemon, s3, api, tmp_path, row):
+    daemon = new_daemon(start=False, **{**QUICK, **row.options})
+    walk(row, World(daemon, api, tmp_path), "threatstack", s3.objects)
+
+
+@named(S3)
+def test_s3(new_daemon, api, tmp_path, row):
+    server = Bucket()
+    daemon = new_daemon(start=False, s3__endpoint_url=server.url, **{**QUICK, **row.options})
+    try:
+        walk(row, World(daemon, server, tmp_path), "s3", lambda: objects_of(server))
+    finally:
+        server.stop()
+
+
+@named(REAL_S3)
+def test_real_s3(new_daemon, s3, tmp_path, row):
+    walk(row, World(new_daemon(start=False, **QUICK), s3, tmp_path), "s3", s3.objects)
+
+
+def objects_of(server):
+    return {path.removeprefix(f"/{BUCKET}/"): body for path, body in server.objects.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside the tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [300, 301, 302, 303, 307, 308])
+def test_a_redirect_takes_the_key_nowhere(new_daemon, s3, api, code):
+    elsewhere = threatstack.Faulty()
+    to = [("Location", f"{elsewhere.url}/api/v1/alerts/alert-000000"), ("Refresh", f"0; url={elsewhere.url}")]
+    api.mode = lambda handler: handler.send(code, b"", to)
+    daemon = new_daemon(server__wait="5")
+    answer = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]
+    assert answer["error"]["type"] == f"threatstack_{code}"
+    assert set(api.paths()) == {"/api/v1/alerts/alert-000000"}
+    assert elsewhere.connections == []
+    elsewhere.stop()
+
+
+def peak_memory(daemon):
+    with open(f"/proc/{daemon.process.pid}/status") as file:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", file.read())[1]) << 10
+
+
+@pytest.fixture
+def unstarted(tmp_path, monkeypatch):
+    """The parts of a daemon, in this process."""
+    monkeypatch.setattr(ts3d, "SECRETS", [])
+    config = tmp_path / "ts3d.conf"
+
+    def make(text):
+        config.write_text(text)
+        return ts3d.load_config(str(config))
+
+    return make
+
+
+HOUR = ts3d.LONGEST_RETRY_AFTER
