@@ -1199,8 +1199,11 @@ def retry_after(headers: Any) -> float:
 class Wire(io.RawIOBase):
     """A socket whose reads and writes end at one moment, `deadline` (monotonic clock), or after seconds of `silence`.
 
-    A socket's own time-out is for each call, and a peer that sends a byte now and then never reaches it.
+    A socket's own time-out is for each call, and a peer that sends a byte now and then never reaches it. `room`: bytes
+    that may come.
     """
+
+    room = math.inf
 
     def __init__(self, sock: socket.socket, deadline: float, silence: float = math.inf) -> None:
         self.sock, self.deadline, self.silence = sock, deadline, silence
@@ -1219,7 +1222,11 @@ class Wire(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """As socket.recv_into, within the deadline."""
-        return int(self.arm().recv_into(buffer))
+        count = int(self.arm().recv_into(buffer))
+        self.room -= count
+        if self.room < 0:
+            raise OSError(errno.EMSGSIZE, "too much was sent")
+        return count
 
     def sendall(self, data: Any) -> None:
         """As socket.sendall, within the deadline."""
@@ -1261,7 +1268,8 @@ class ApiHandler(urllib.request.AbstractHTTPHandler):
             deadline = time.monotonic() + self.seconds
             connect()
             self.sock = connection.sock
-            connection.sock = Wire(self.sock, deadline, timeout)
+            connection.sock = wire = Wire(self.sock, deadline, timeout)
+            wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1
 
         connection.connect = connect_and_bound  # type: ignore[method-assign]
         return connection
@@ -1324,7 +1332,7 @@ class ThreatStack(Upstream):
         except TimeoutError:
             limits = f"{self.config.timeout:g} s ([threatstack] timeout), or silent for {self.silence:g} s"
             raise self.error("timeout", f"no whole answer within {limits}") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of size -2
             raise self.error("broken_off", f"the answer broke off: {error}") from None
         if response.status != 200:
             cause, scope, hint = self.REFUSALS.get(response.status, (str(response.status), "some", ""))

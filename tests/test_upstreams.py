@@ -254,6 +254,14 @@ THREAT_STACK = [
     Row("body cut, no length", raw(HEAD + b'\r\n{"id": "alert'), "bad_answer", "not JSON: line 1 column 8"),
     Row("chunk cut", raw(CHUNKED + b"9\r\n{}"), "broken_off", "broke off"),
     Row("chunk of no size", raw(CHUNKED + b"x\r\n{}\r\n0\r\n\r\n"), "broken_off", "broke off"),
+    Row("chunk of size -2", raw(CHUNKED + b"-2\r\n{}\r\n0\r\n\r\n"), "broken_off", "broke off"),
+    Row(
+        "chunk of size -1",
+        raw(CHUNKED + b"-1\r\n", then=b" " * 1_000_000),
+        "broken_off",
+        "too much was sent",
+        options={"threatstack__timeout": "20"},
+    ),
     Row("HTTP/0.9", raw(b'{"id": "alert-000000"}\n'), "broken_off", r"broke off: \{"),
     Row("status line of garbage", raw(b"\x00\xff\x1b[31m\r\n\r\n"), "broken_off", r"broke off: \\x00"),
     Row("status of letters", raw(b"HTTP/1.1 OK\r\n\r\n"), "broken_off", "broke off: HTTP/1.1 OK"),
@@ -406,6 +414,26 @@ def test_a_redirect_takes_the_key_nowhere(new_daemon, s3, api, code):
     assert set(api.paths()) == {"/api/v1/alerts/alert-000000"}
     assert elsewhere.connections == []
     elsewhere.stop()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        raw(HEAD + b"\r\n", then=b" " * 1_000_000),
+        raw(CHUNKED + b"-1\r\n", then=b" " * 1_000_000),
+        raw(CHUNKED, then=b"100000\r\n" + b" " * 0x100000 + b"\r\n"),
+        raw(then=b"HTTP/1.1 100 Continue\r\nX: " + b"y" * 60_000 + b"\r\n\r\n"),
+    ],
+    ids=["body", "chunk", "chunks", "heads"],
+)
+def test_the_memory_that_an_endless_answer_takes(new_daemon, s3, api, tmp_path, fault):
+    daemon = new_daemon(threatstack__timeout="20", archive__workers="1")
+    until(lambda: daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived")
+    before = peak_memory(daemon)
+    with fault(World(daemon, api, tmp_path)):
+        daemon.post({"alerts": [alert(1)]})
+        until(lambda: daemon.logged("alert alert-000001: "), 40, "end of the call")
+        assert peak_memory(daemon) - before < 5 * ts3d.ThreatStack.MAX_BODY
 
 
 def peak_memory(daemon):
