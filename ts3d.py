@@ -1260,19 +1260,32 @@ class ApiHandler(urllib.request.AbstractHTTPHandler):
         self.sock: socket.socket | None = None
 
     def connection(self, kind: Any, host: str, timeout: float, **options: Any) -> http.client.HTTPConnection:
-        """http.client's connection of this `kind`, whose deadline counts from when it begins to connect."""
+        """http.client's connection of this `kind`, with the deadline on it."""
         connection: http.client.HTTPConnection = kind(host, timeout=timeout, **options)
         connect = connection.connect
 
         def connect_and_bound() -> None:
-            deadline = time.monotonic() + self.seconds
             connect()
             self.sock = connection.sock
-            connection.sock = wire = Wire(self.sock, deadline, timeout)
+            connection.sock = wire = Wire(self.sock, self.deadline, timeout)
             wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1
 
         connection.connect = connect_and_bound  # type: ignore[method-assign]
+        connection._create_connection = self.dial  # type: ignore[attr-defined]
         return connection
+
+    def dial(self, address: tuple[str, int], silence: float, *_: Any) -> Any:
+        """socket.create_connection, with one deadline for all of the name's addresses, from when they are known on."""
+        found = [str(each[4][0]) for each in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
+        self.deadline = time.monotonic() + self.seconds
+        while found:
+            left = max(0.001, self.deadline - time.monotonic())
+            try:
+                sock = socket.create_connection((found.pop(0), address[1]), min(silence, left))
+                return Wire(sock, self.deadline, silence).arm()  # what is left is for TLS's handshake
+            except OSError:
+                if not found:
+                    raise
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for http:."""

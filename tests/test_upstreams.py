@@ -13,6 +13,7 @@ import re
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -452,6 +453,49 @@ def unstarted(tmp_path, monkeypatch):
         return ts3d.load_config(str(config))
 
     return make
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_deadline_is_for_all_of_a_names_addresses(unstarted, monkeypatch, scheme):
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(2):  # from then on it swallows packets
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        threat_stack = ts3d.ThreatStack(
+            unstarted(
+                f"[threatstack]\nbase_url = {scheme}://many.example:{full.getsockname()[1]}/\napi_key = x\ntimeout = 0.5\n"
+            )
+        )
+        real, asked = socket.getaddrinfo, []
+
+        def resolve(host, *args, **more):
+            if host == "many.example":
+                asked.append(time.sleep(0.6))  # a slow resolver's time does not count
+                return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", full.getsockname()) for _ in range(40)]
+            return real(host, *args, **more)
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        begin = time.monotonic()
+        with pytest.raises(ts3d.UpstreamError, match="cannot be reached: timed out"):
+            threat_stack.get("/alerts/x")
+        assert time.monotonic() - begin < 10
+        assert len(asked) == 1
+
+
+def test_a_slow_resolver_takes_nothing_from_the_deadline(unstarted, monkeypatch, api):
+    threat_stack = ts3d.ThreatStack(
+        unstarted(
+            f"[threatstack]\nbase_url = http://slow.example:{api.port}/\napi_key = {threatstack.KEY}\ntimeout = 3\n"
+        )
+    )
+
+    def resolve(host, port, *args, **more):
+        time.sleep(3.1 if host == "slow.example" else 0)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert threat_stack.get("/alerts/abcd") == threatstack.detail("abcd")
 
 
 HOUR = ts3d.LONGEST_RETRY_AFTER
