@@ -1066,6 +1066,7 @@ class Upstream:
     """What Threat Stack and S3 have in common: calls under way, and the hold that an outage puts on all of them."""
 
     name = title = "upstream"  # in types of errors and in the log; in messages
+    REFUSALS: dict[str, tuple[str, str]] = {}  # scope and hint, by cause
     seats: int | None = None  # how many jobs may be at it at once
 
     def __init__(self) -> None:
@@ -1179,8 +1180,9 @@ class Upstream:
         return True
 
     def error(self, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> UpstreamError:
-        """An UpstreamError of this upstream."""
-        return UpstreamError(self.name, cause, f"{self.title}: {text}", scope, retry_after)
+        """An UpstreamError of this upstream; what REFUSALS says of the cause goes before `scope`."""
+        scope, hint = self.REFUSALS.get(cause, (scope, ""))
+        return UpstreamError(self.name, cause, f"{self.title}{hint and f' ({hint})'}: {text}", scope, retry_after)
 
 
 def retry_after(headers: Any) -> float:
@@ -1309,11 +1311,15 @@ class ThreatStack(Upstream):
 
     name, title = "threatstack", "Threat Stack"
     MAX_BODY = 32 << 20  # bytes of an answer
-    REFUSALS = {  # cause, scope and hint by status
-        401: ("unauthorized", "all", " (is [threatstack] api_key right?)"),
-        403: ("forbidden", "some", ""),
-        404: ("not_found", "alert", ""),
-        429: ("rate_limited", "all", ""),
+    CAUSES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 429: "rate_limited"}
+    REFUSALS = {
+        "unauthorized": ("all", "is [threatstack] api_key right?"),
+        "forbidden": ("some", "may [threatstack] api_key read alerts?"),
+        "not_found": ("alert", "not there yet, or is [threatstack] base_url right?"),
+        "rate_limited": ("all", ""),
+        **dict.fromkeys(
+            ("301", "302", "303", "307", "308"), ("some", "not followed: is [threatstack] base_url right?")
+        ),
     }
 
     def __init__(self, config: Config) -> None:
@@ -1341,16 +1347,17 @@ class ThreatStack(Upstream):
                 response = opener.open(request, timeout=self.silence)
                 body: bytes = response.read(self.MAX_BODY + 1)
         except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
-            raise self.error("unreachable", f"cannot be reached: {error.reason}", "all") from None
+            said = f"{self.config.base_url} cannot be reached: {error.reason}"
+            raise self.error("unreachable", said, "all") from None
         except TimeoutError:
             limits = f"{self.config.timeout:g} s ([threatstack] timeout), or silent for {self.silence:g} s"
             raise self.error("timeout", f"no whole answer within {limits}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of size -2
             raise self.error("broken_off", f"the answer broke off: {error}") from None
         if response.status != 200:
-            cause, scope, hint = self.REFUSALS.get(response.status, (str(response.status), "some", ""))
-            said = f"{response.status}{hint} {body[:4000].decode(errors='replace')}"
-            raise self.error(cause, said, scope, retry_after(response.headers))
+            cause = self.CAUSES.get(response.status, str(response.status))
+            said = f"{response.status} {body[:4000].decode(errors='replace')}"
+            raise self.error(cause, said, retry_after=retry_after(response.headers))
         if len(body) > self.MAX_BODY:
             raise self.error("bad_answer", f"an answer of over {self.MAX_BODY} bytes")
         if response.length:  # read(n) returns what came where the peer closed early

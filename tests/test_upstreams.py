@@ -220,10 +220,13 @@ class Row(NamedTuple):
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-NOT_FOLLOWED = "redirects are not followed.*base_url"
+NOT_FOLLOWED = r"not followed: is \[threatstack\] base_url right"
 
 THREAT_STACK = [
     Row("refused", refused, "unreachable", "cannot be reached: .*refused"),
+    Row(
+        "unresolvable", unresolvable, "unreachable", "nonexistent.invalid.* cannot be reached: .*not known", back=False
+    ),
     Row("aborted", answering(aborted), "broken_off", "reset by peer"),
     Row("closed without a word", answering("reset"), "broken_off", "closed connection without response"),
     Row("silent", answering("hang"), "timeout", r"no whole answer within 1 s \(\[threatstack\] timeout\)"),
@@ -276,8 +279,12 @@ THREAT_STACK = [
     Row("200, NaN", status(200, b'{"id": NaN}'), "bad_answer", "NaN is no JSON number"),
     Row("200, an error", status(200, b'{"errors": ["x"]}'), "bad_answer", "an error with status 200"),
     Row("200, another alert", status(200, threatstack.detail("x")), "bad_answer", "not this alert's detail"),
+    Row("301", status(301, b"", Location="https://127.0.0.1:1/"), "301", f"{NOT_FOLLOWED}.*301"),
+    Row("307", status(307, b"", Location="/api/v1/alerts/x"), "307", f"{NOT_FOLLOWED}.*307"),
     Row("400", status(400), "400", 'Threat Stack: 400 .*"because"'),
     Row("401", status(401), "unauthorized", r"is \[threatstack\] api_key right.*401"),
+    Row("403", status(403), "forbidden", r"may \[threatstack\] api_key read alerts.*403"),
+    Row("404", status(404), "not_found", r"\[threatstack\] base_url right.*404", held=False),
     Row("500", status(500), "500", "Threat Stack: 500"),
     Row("503, Retry-After", status(503, Retry_After=2), "503", "Threat Stack: 503", pause=2),
     Row("429", status(429), "rate_limited", "Threat Stack: 429"),
