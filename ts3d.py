@@ -1329,7 +1329,7 @@ class ThreatStack(Upstream):
         self.seats = max(1, config.workers - max(1, config.workers // 8))
         # A call that hangs must not keep its alert for the whole of a long time-out once Threat Stack is back.
         self.silence = min(config.timeout, max(10.0, config.timeout / 3))
-        # Made once, at first use: reading the system's certificates takes longer than a call.
+        # Made at first use, and anew after a failure: reading the system's certificates takes longer than a call.
         self.tls = functools.lru_cache(1)(ssl.create_default_context)
 
     def get(self, path: str, id_: str | None = None) -> bytes:
@@ -1347,6 +1347,7 @@ class ThreatStack(Upstream):
                 response = opener.open(request, timeout=self.silence)
                 body: bytes = response.read(self.MAX_BODY + 1)
         except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
+            self.tls.cache_clear()  # it may be mended by a certificate that is added to the system's
             said = f"{self.config.base_url} cannot be reached: {error.reason}"
             raise self.error("unreachable", said, "all") from None
         except TimeoutError:

@@ -299,6 +299,9 @@ THREAT_STACK = [
     Row("wrong host", tls(["elsewhere.example"]), "unreachable", "certificate is not valid for '127.0.0.1'"),
     Row("unknown CA", tls(known=False), "unreachable", "unable to get local issuer certificate"),
     Row(
+        "CA known later", tls(known=False, trusted_later=True), "unreachable", "unable to get local issuer certificate"
+    ),
+    Row(
         "certificate expired",
         tls(not_after=datetime.now(timezone.utc) - timedelta(days=1)),
         "unreachable",
