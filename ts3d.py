@@ -1128,13 +1128,13 @@ class Upstream:
                 self.hold = None
 
     def _learn(self, error: UpstreamError, number: int, started: float) -> None:
+        error.blames = self
         if error.scope == "alert":
             return self._succeed(started)
         now = time.monotonic()
         with self._lock:
             stale = started < self._worked  # others have succeeded since this call began
             if not self.hold and error.scope == "some" and (stale or self._suspect in (None, number)):
-                error.blames = self
                 # Unless it has worked for others since this alert failed last (or at all), nothing says that this alert
                 # is the trouble, so it is tried again as soon as a held upstream is probed.
                 error.doubtful = stale or not self._worked or self._suspect == number

@@ -509,3 +509,20 @@ def test_a_slow_resolver_takes_nothing_from_the_deadline(unstarted, monkeypatch,
 
 
 HOUR = ts3d.LONGEST_RETRY_AFTER
+
+
+def test_a_wrong_base_url_gives_no_alert_up(unstarted, api):
+    """A 404 may mean that the alert is not there yet, or that nothing is."""
+    config = unstarted(f"[threatstack]\nbase_url = {api.url}\napi_key = {threatstack.KEY}\n")
+    queue = ts3d.Queue(config.path, 1 << 30, create=True)
+    archiver = ts3d.Archiver(config, queue)
+    queue.put([ts3d.Arrival("abcd", "2017/01/17/13/51", "alerts", b"{}")])
+    for mode, failed in ((404, 0), (None, 1)):  # for all, for this alert
+        api.mode, api.modes["abcd"] = mode, 404
+        (job,) = queue.take(["alerts"], 1)
+        with pytest.raises(ts3d.UpstreamError) as caught:
+            archiver.threatstack.call(job, archiver.threatstack.get, "/alerts/abcd", "abcd")
+        archiver._put_off(job, caught.value, ts3d.NOT_FOUND_FOR)
+        assert queue.counts()[:2] == (1 - failed, failed)
+        queue._write(lambda db: db.execute("UPDATE jobs SET due = 0"))
+    queue.close()
