@@ -16,6 +16,7 @@ and S3), archiver, HTTP, commands. README.md is its manual.
 
 import argparse
 import base64
+import calendar
 import configparser
 import contextlib
 import errno
@@ -1192,7 +1193,8 @@ def retry_after(headers: Any) -> float:
         if re.fullmatch("[0-9]{1,9}", value):
             return float(value)
         if value:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+            # As UTC, also where a date names no zone, as asctime's does not: timestamp() would take that for local.
+            return max(0.0, calendar.timegm(parsedate_to_datetime(value).utctimetuple()) - time.time())
         if re.fullmatch("[0-9]{1,12}", milliseconds := headers.get("x-rate-limit-reset", "").strip()):
             return float(milliseconds) / 1000
     return 0

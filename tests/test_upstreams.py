@@ -511,6 +511,48 @@ def test_a_slow_resolver_takes_nothing_from_the_deadline(unstarted, monkeypatch,
 HOUR = ts3d.LONGEST_RETRY_AFTER
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, 0),
+        ({"Retry-After": " 7 "}, 7),
+        ({"Retry-After": "999999999"}, HOUR),
+        ({"Retry-After": "9" * 40}, 0),
+        ({"Retry-After": "-7"}, 0),
+        ({"Retry-After": "1e3"}, 0),
+        ({"Retry-After": "nan"}, 0),
+        ({"Retry-After": ""}, 0),
+        ({"Retry-After": "2001-01-17T13:51:05Z"}, 0),
+        ({"Retry-After": "Tue, 17 Jan 2017 13:51:05 GMT"}, 60),
+        ({"Retry-After": "Tuesday, 17-Jan-17 13:51:05 GMT"}, 60),
+        ({"Retry-After": "Tue Jan 17 13:51:05 2017"}, 60),
+        ({"Retry-After": "Tue, 17 Jan 2017 13:51:05 -0000"}, 60),
+        ({"Retry-After": "Tue, 17 Jan 2017 15:51:05 +0200"}, 60),
+        ({"Retry-After": "Tue, 17 Jan 2017 13:49:05 GMT"}, 0),
+        ({"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT"}, HOUR),
+        ({"Retry-After": "Fri, 31 Dec 99999 23:59:59 GMT"}, 0),
+        ({"Retry-After": "Tue, 99 Jan 2017 99:99:99 GMT"}, 0),
+        ({"x-rate-limit-reset": "1500"}, 1.5),
+        ({"x-rate-limit-reset": "1484661065000"}, 0),
+        ({"x-rate-limit-reset": "999999999999"}, HOUR),
+        ({"x-rate-limit-reset": "-1"}, 0),
+        ({"x-rate-limit-reset": "soon"}, 0),
+        ({"Retry-After": "7", "x-rate-limit-reset": "1500"}, 7),
+    ],
+    ids=lambda value: "+".join(value.values()).strip()[:31] if isinstance(value, dict) else "",
+)
+def test_how_long_an_upstream_wants_to_be_left_alone(monkeypatch, headers, seconds):
+    monkeypatch.setattr(time, "time", lambda: 1484661005.0)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        wanted = ts3d.retry_after(headers)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert ts3d.UpstreamError("x", "y", "z", retry_after=wanted).retry_after == seconds
+
+
 def test_a_wrong_base_url_gives_no_alert_up(unstarted, api):
     """A 404 may mean that the alert is not there yet, or that nothing is."""
     config = unstarted(f"[threatstack]\nbase_url = {api.url}\napi_key = {threatstack.KEY}\n")
