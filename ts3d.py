@@ -1434,6 +1434,7 @@ class S3(Upstream):
                     raise ConfigError(f"{self.config.file}: [s3] {error}") from None
                 # A round trip saved, and a second where a server ignores it.
                 client.meta.events.register("before-sign.s3.PutObject", without_expect)
+                client.meta.events.register("before-call.s3.HeadBucket", without_region)
                 self._extra = self._parameters(client)
                 self._client = client
             return self._client
@@ -1510,6 +1511,16 @@ class S3(Upstream):
 def without_expect(request: Any, **_: Any) -> None:
     """Take botocore's `Expect: 100-continue` away (it is not signed)."""
     del request.headers["Expect"]
+
+
+def without_region(**_: Any) -> None:
+    """Deny botocore the HEAD of the bucket by which it looks for the region that a redirect did not name.
+
+    That may be redirected too, and so on until Python's stack is used up.
+    """
+    import botocore.exceptions
+
+    raise botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPHeaders": {}}}, "HeadBucket")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

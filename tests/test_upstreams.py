@@ -320,6 +320,7 @@ S3 = [
     Row("status line of garbage", raw(b"garbage\r\n\r\n"), "ConnectionClosedError|HTTPClientError", ""),
     Row("200, a page", answering("garbage"), "bad_answer", "a 200 without an ETag is not S3's answer"),
     Row("502, a page", status(502, b"<html>Bad Gateway"), "502", "502"),
+    Row("302", status(302, b"", Location="http://127.0.0.1:1/"), "302", "302"),
     Row("412", s3_error(412, "PreconditionFailed"), "PreconditionFailed", "PreconditionFailed"),
     Row("409", s3_error(409, "ConditionalRequestConflict"), "ConditionalRequestConflict", "ConditionalRequestConflict"),
     Row(
@@ -424,6 +425,19 @@ def test_a_redirect_takes_the_key_nowhere(new_daemon, s3, api, code):
     assert answer["error"]["type"] == f"threatstack_{code}"
     assert set(api.paths()) == {"/api/v1/alerts/alert-000000"}
     assert elsewhere.connections == []
+    elsewhere.stop()
+
+
+@pytest.mark.parametrize("code", [301, 302, 307, 308])
+def test_s3s_redirect_takes_nothing_elsewhere(new_daemon, code):
+    server, elsewhere = Bucket(), threatstack.Faulty()
+    server.mode = lambda handler: handler.send(code, b"", [("Location", f"{elsewhere.url}/{BUCKET}/x")])
+    daemon = new_daemon(server__wait="5", s3__endpoint_url=server.url)
+    answer = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]
+    assert answer["error"]["type"] == f"s3_{code}"
+    assert {path for _, path, _ in server.calls} == {f"/{BUCKET}/webhooks/2017/01/17/13/51/alert-000000"}
+    assert elsewhere.connections == []
+    server.stop()
     elsewhere.stop()
 
 
