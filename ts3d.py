@@ -1393,6 +1393,22 @@ class S3(Upstream):
     """
 
     name, title = "s3", "S3"
+    REFUSALS = {
+        "AccessDenied": ("some", "it takes s3:PutObject on the bucket's objects, and the key's if they are encrypted"),
+        "NoSuchBucket": ("all", "is [s3] bucket right?"),
+        "RequestTimeTooSkewed": ("all", "is this machine's clock right?"),
+        **dict.fromkeys(
+            (
+                *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
+                *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"),
+            ),
+            ("all", "are the credentials right where boto3 looks: environment, ~/.aws, the instance's role?"),
+        ),
+        **dict.fromkeys(
+            ("AuthorizationHeaderMalformed", "PermanentRedirect", "301", "302", "307", "308"),
+            ("all", "are [s3] region and endpoint_url right?"),
+        ),
+    }
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -196,10 +196,12 @@ def credentials(text):
 @contextlib.contextmanager
 def bucket_missing(world):
     """The real server's, whose buckets are folders."""
-    folder = world.upstream.folder / "unmade"
-    world.daemon.set(s3__bucket="unmade")
+    folder = world.upstream.folder / BUCKET
+    folder.rename(folder.with_name("away"))
     yield
-    folder.symlink_to(world.upstream.folder / BUCKET, True)
+    folder.with_name("away").rename(folder)
+    world.upstream.stop()  # it remembers for minutes what buckets there are
+    world.upstream.start()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +322,20 @@ S3 = [
     Row("status line of garbage", raw(b"garbage\r\n\r\n"), "ConnectionClosedError|HTTPClientError", ""),
     Row("200, a page", answering("garbage"), "bad_answer", "a 200 without an ETag is not S3's answer"),
     Row("502, a page", status(502, b"<html>Bad Gateway"), "502", "502"),
-    Row("302", status(302, b"", Location="http://127.0.0.1:1/"), "302", "302"),
+    Row("302", status(302, b"", Location="http://127.0.0.1:1/"), "302", r"\[s3\] region and endpoint_url.*302"),
+    Row("bucket missing", s3_error(404, "NoSuchBucket", BucketName=BUCKET), "NoSuchBucket", r"\[s3\] bucket"),
+    Row("access denied", s3_error(403, "AccessDenied"), "AccessDenied", "s3:PutObject"),
+    Row("region wrong, 301", s3_error(301, "PermanentRedirect", Endpoint="x"), "PermanentRedirect", r"\[s3\] region"),
+    Row(
+        "region wrong, 400",
+        s3_error(400, "AuthorizationHeaderMalformed", Region="eu-west-1"),
+        "AuthorizationHeaderMalformed",
+        r"\[s3\] region",
+    ),
+    Row("clock skewed", s3_error(403, "RequestTimeTooSkewed"), "RequestTimeTooSkewed", "clock"),
+    Row("token expired", s3_error(400, "ExpiredToken"), "ExpiredToken", "credentials"),
+    Row("key unknown", s3_error(403, "InvalidAccessKeyId"), "InvalidAccessKeyId", "credentials"),
+    Row("secret wrong", s3_error(403, "SignatureDoesNotMatch"), "SignatureDoesNotMatch", "credentials"),
     Row("412", s3_error(412, "PreconditionFailed"), "PreconditionFailed", "PreconditionFailed"),
     Row("409", s3_error(409, "ConditionalRequestConflict"), "ConditionalRequestConflict", "ConditionalRequestConflict"),
     Row(
@@ -335,7 +350,9 @@ S3 = [
     Row("429", status(429, b""), "429", "429"),
 ]
 
-REAL_S3 = []
+REAL_S3 = [
+    Row("bucket missing", bucket_missing, "NoSuchBucket", r"\[s3\] bucket"),
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,13 +381,15 @@ def walk(row, world, name, objects):
             first = len(calls)
             until(lambda: len(calls) > first, 30, "probe")
         assert daemon.health()["queued"] == 3
-    until(lambda: daemon.health()["queued"] == 0, 20, "empty queue")  # within 20 s of its mend
+    archived = "INFO archived id=alert-00000"
+    until(lambda: daemon.log().count(archived) == 3, 20, "archive")  # within 20 s of its mend
+    until(lambda: daemon.health()["queued"] == 0)
     assert daemon.health()["failed"] == 0
     for n in range(3):
         id_ = alert(n)["id"]
+        assert f"{archived}{n} " in daemon.log()
         assert objects()[f"alerts/al/er/{id_}"] == threatstack.detail(id_)
         assert objects()[f"webhooks/2017/01/17/13/{51 + n}/{id_}"] == json.dumps(alert(n)).encode()
-        assert len(re.findall(f"INFO archived id={id_} ", daemon.log())) == 1
     assert len(re.findall(f"{name} is held: ", daemon.log())) == row.held
     assert len(re.findall(rf"{name} is back after \d+ s", daemon.log())) == (row.held and row.back)
     if row.pause:
@@ -415,14 +434,19 @@ def objects_of(server):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def error_of(daemon):
+    """The type of a first alert's error."""
+    daemon.post({"alerts": [alert(0)]})
+    until(lambda: daemon.logged("alert alert-000000: |is held: "))
+    return daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]["type"]
+
+
 @pytest.mark.parametrize("code", [300, 301, 302, 303, 307, 308])
 def test_a_redirect_takes_the_key_nowhere(new_daemon, s3, api, code):
     elsewhere = threatstack.Faulty()
     to = [("Location", f"{elsewhere.url}/api/v1/alerts/alert-000000"), ("Refresh", f"0; url={elsewhere.url}")]
     api.mode = lambda handler: handler.send(code, b"", to)
-    daemon = new_daemon(server__wait="5")
-    answer = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]
-    assert answer["error"]["type"] == f"threatstack_{code}"
+    assert error_of(new_daemon(server__wait="0")) == f"threatstack_{code}"
     assert set(api.paths()) == {"/api/v1/alerts/alert-000000"}
     assert elsewhere.connections == []
     elsewhere.stop()
@@ -432,9 +456,7 @@ def test_a_redirect_takes_the_key_nowhere(new_daemon, s3, api, code):
 def test_s3s_redirect_takes_nothing_elsewhere(new_daemon, code):
     server, elsewhere = Bucket(), threatstack.Faulty()
     server.mode = lambda handler: handler.send(code, b"", [("Location", f"{elsewhere.url}/{BUCKET}/x")])
-    daemon = new_daemon(server__wait="5", s3__endpoint_url=server.url)
-    answer = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]
-    assert answer["error"]["type"] == f"s3_{code}"
+    assert error_of(new_daemon(server__wait="0", s3__endpoint_url=server.url)) == f"s3_{code}"
     assert {path for _, path, _ in server.calls} == {f"/{BUCKET}/webhooks/2017/01/17/13/51/alert-000000"}
     assert elsewhere.connections == []
     server.stop()
@@ -482,14 +504,13 @@ def unstarted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_the_deadline_is_for_all_of_a_names_addresses(unstarted, monkeypatch, scheme):
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        port = full.getsockname()[1]
         for _ in range(2):  # from then on it swallows packets
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(full.getsockname())
         threat_stack = ts3d.ThreatStack(
-            unstarted(
-                f"[threatstack]\nbase_url = {scheme}://many.example:{full.getsockname()[1]}/\napi_key = x\ntimeout = 0.5\n"
-            )
+            unstarted(f"[threatstack]\nbase_url = {scheme}://many.example:{port}\napi_key = x\ntimeout = 0.5\n")
         )
         real, asked = socket.getaddrinfo, []
 
