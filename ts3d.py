@@ -1393,6 +1393,7 @@ class S3(Upstream):
     """
 
     name, title = "s3", "S3"
+    # What boto3's own files or their owner may mend at any time: the next call reads them anew.
     REFUSALS = {
         "AccessDenied": ("some", "it takes s3:PutObject on the bucket's objects, and the key's if they are encrypted"),
         "NoSuchBucket": ("all", "is [s3] bucket right?"),
@@ -1506,6 +1507,7 @@ class S3(Upstream):
             scope = "all" if status in (401, 429) else "some"
             if status == 409 and "IfNoneMatch" in self._extra:
                 scope = "alert"  # another writer is at the same key
+            self._forget(client, code)
             headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
             raise self.error(code, str(error), scope, retry_after(headers)) from None
         except (botocore.exceptions.BotoCoreError, OSError) as error:
@@ -1516,7 +1518,14 @@ class S3(Upstream):
                 botocore.exceptions.IncompleteReadError,
             )
             scope = "some" if isinstance(error, passing) else "all"
+            self._forget(client, type(error).__name__)
             raise self.error(type(error).__name__, str(error), scope) from None
+
+    def _forget(self, client: Any, cause: str) -> None:
+        """Have the next call make a client of its own: botocore reads credentials from a file but once."""
+        with self._connecting:
+            if cause in self.REFUSALS and self._client is client:
+                self._client = None
 
     def check(self) -> str:
         """Write the object that `ts3d check` writes too, always the same. Raises ConfigError too."""

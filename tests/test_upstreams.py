@@ -352,6 +352,25 @@ S3 = [
 
 REAL_S3 = [
     Row("bucket missing", bucket_missing, "NoSuchBucket", r"\[s3\] bucket"),
+    Row("no credentials", credentials(""), "NoCredentialsError", "where boto3 looks"),
+    Row(
+        "half of the credentials",
+        credentials("[default]\naws_access_key_id = AKIDEXAMPLE\n"),
+        "PartialCredentialsError",
+        "where boto3 looks",
+    ),
+    Row(
+        "key unknown",
+        credentials("[default]\naws_access_key_id = AKIDOTHER\naws_secret_access_key = x\n"),
+        "InvalidAccessKeyId|SignatureDoesNotMatch|AccessDenied",
+        "where boto3 looks",
+    ),
+    Row(
+        "secret wrong",
+        credentials("[default]\naws_access_key_id = AKIDEXAMPLE\naws_secret_access_key = x\n"),
+        "SignatureDoesNotMatch",
+        "where boto3 looks",
+    ),
 ]
 
 
