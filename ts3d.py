@@ -16,6 +16,7 @@ and S3), archiver, HTTP, commands. README.md is its manual.
 
 import argparse
 import base64
+import calendar
 import configparser
 import contextlib
 import errno
@@ -1058,6 +1059,7 @@ class Upstream:
     """What Threat Stack and S3 have in common: calls under way, and the hold that an outage puts on all of them."""
 
     name = title = "upstream"  # in types of errors and in the log; in messages
+    REFUSALS: dict[str, tuple[str, str]] = {}  # scope and hint, by cause
     seats: int | None = None  # how many jobs may be at it at once
 
     def __init__(self) -> None:
@@ -1119,13 +1121,13 @@ class Upstream:
                 self.hold = None
 
     def _learn(self, error: UpstreamError, number: int, started: float) -> None:
+        error.blames = self
         if error.scope == "alert":
             return self._succeed(started)
         now = time.monotonic()
         with self._lock:
             stale = started < self._worked  # others have succeeded since this call began
             if not self.hold and error.scope == "some" and (stale or self._suspect in (None, number)):
-                error.blames = self
                 # Unless it has worked for others since this alert failed last (or at all), nothing says that this alert
                 # is the trouble, so it is tried again as soon as a held upstream is probed.
                 error.doubtful = stale or not self._worked or self._suspect == number
@@ -1171,8 +1173,9 @@ class Upstream:
         return True
 
     def error(self, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> UpstreamError:
-        """An UpstreamError of this upstream."""
-        return UpstreamError(self.name, cause, f"{self.title}: {text}", scope, retry_after)
+        """An UpstreamError of this upstream; what REFUSALS says of the cause goes before `scope`."""
+        scope, hint = self.REFUSALS.get(cause, (scope, ""))
+        return UpstreamError(self.name, cause, f"{self.title}{hint and f' ({hint})'}: {text}", scope, retry_after)
 
 
 def retry_after(headers: Any) -> float:
@@ -1182,7 +1185,8 @@ def retry_after(headers: Any) -> float:
         if re.fullmatch("[0-9]{1,9}", value):
             return float(value)
         if value:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+            # As UTC, also where a date names no zone, as asctime's does not: timestamp() would take that for local.
+            return max(0.0, calendar.timegm(parsedate_to_datetime(value).utctimetuple()) - time.time())
         if re.fullmatch("[0-9]{1,12}", milliseconds := headers.get("x-rate-limit-reset", "").strip()):
             return float(milliseconds) / 1000
     return 0
@@ -1191,8 +1195,11 @@ def retry_after(headers: Any) -> float:
 class Wire(io.RawIOBase):
     """A socket whose reads and writes end at one moment, `deadline` (monotonic clock), or after seconds of `silence`.
 
-    A socket's own time-out is for each call, and a peer that sends a byte now and then never reaches it.
+    A socket's own time-out is for each call, and a peer that sends a byte now and then never reaches it. `room`: bytes
+    that may come.
     """
+
+    room = math.inf
 
     def __init__(self, sock: socket.socket, deadline: float, silence: float = math.inf) -> None:
         self.sock, self.deadline, self.silence = sock, deadline, silence
@@ -1211,7 +1218,11 @@ class Wire(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """As socket.recv_into, within the deadline."""
-        return int(self.arm().recv_into(buffer))
+        count = int(self.arm().recv_into(buffer))
+        self.room -= count
+        if self.room < 0:
+            raise OSError(errno.EMSGSIZE, "too much was sent")
+        return count
 
     def sendall(self, data: Any) -> None:
         """As socket.sendall, within the deadline."""
@@ -1245,18 +1256,32 @@ class ApiHandler(urllib.request.AbstractHTTPHandler):
         self.sock: socket.socket | None = None
 
     def connection(self, kind: Any, host: str, timeout: float, **options: Any) -> http.client.HTTPConnection:
-        """http.client's connection of this `kind`, whose deadline counts from when it begins to connect."""
+        """http.client's connection of this `kind`, with the deadline on it."""
         connection: http.client.HTTPConnection = kind(host, timeout=timeout, **options)
         connect = connection.connect
 
         def connect_and_bound() -> None:
-            deadline = time.monotonic() + self.seconds
             connect()
             self.sock = connection.sock
-            connection.sock = Wire(self.sock, deadline, timeout)
+            connection.sock = wire = Wire(self.sock, self.deadline, timeout)
+            wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1
 
         connection.connect = connect_and_bound  # type: ignore[method-assign]
+        connection._create_connection = self.dial  # type: ignore[attr-defined]
         return connection
+
+    def dial(self, address: tuple[str, int], silence: float, *_: Any) -> Any:
+        """socket.create_connection, with one deadline for all of the name's addresses, from when they are known on."""
+        found = [str(each[4][0]) for each in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
+        self.deadline = time.monotonic() + self.seconds
+        while found:
+            left = max(0.001, self.deadline - time.monotonic())
+            try:
+                sock = socket.create_connection((found.pop(0), address[1]), min(silence, left))
+                return Wire(sock, self.deadline, silence).arm()  # what is left is for TLS's handshake
+            except OSError:
+                if not found:
+                    raise
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for http:."""
@@ -1280,11 +1305,15 @@ class ThreatStack(Upstream):
 
     name, title = "threatstack", "Threat Stack"
     MAX_BODY = 32 << 20  # bytes of an answer
-    REFUSALS = {  # cause, scope and hint by status
-        401: ("unauthorized", "all", " (is [threatstack] api_key right?)"),
-        403: ("forbidden", "some", ""),
-        404: ("not_found", "alert", ""),
-        429: ("rate_limited", "all", ""),
+    CAUSES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 429: "rate_limited"}
+    REFUSALS = {
+        "unauthorized": ("all", "is [threatstack] api_key right?"),
+        "forbidden": ("some", "may [threatstack] api_key read alerts?"),
+        "not_found": ("alert", "not there yet, or is [threatstack] base_url right?"),
+        "rate_limited": ("all", ""),
+        **dict.fromkeys(
+            ("301", "302", "303", "307", "308"), ("some", "not followed: is [threatstack] base_url right?")
+        ),
     }
 
     def __init__(self, config: Config) -> None:
@@ -1294,7 +1323,7 @@ class ThreatStack(Upstream):
         self.seats = max(1, config.workers - max(1, config.workers // 8))
         # A call that hangs must not keep its alert for the whole of a long time-out once Threat Stack is back.
         self.silence = min(config.timeout, max(10.0, config.timeout / 3))
-        # Made once, at first use: reading the system's certificates takes longer than a call.
+        # Made at first use, and anew after a failure: reading the system's certificates takes longer than a call.
         self.tls = functools.lru_cache(1)(ssl.create_default_context)
 
     def get(self, path: str, id_: str | None = None) -> bytes:
@@ -1312,16 +1341,18 @@ class ThreatStack(Upstream):
                 response = opener.open(request, timeout=self.silence)
                 body: bytes = response.read(self.MAX_BODY + 1)
         except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
-            raise self.error("unreachable", f"cannot be reached: {error.reason}", "all") from None
+            self.tls.cache_clear()  # it may be mended by a certificate that is added to the system's
+            said = f"{self.config.base_url} cannot be reached: {error.reason}"
+            raise self.error("unreachable", said, "all") from None
         except TimeoutError:
             limits = f"{self.config.timeout:g} s ([threatstack] timeout), or silent for {self.silence:g} s"
             raise self.error("timeout", f"no whole answer within {limits}") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of size -2
             raise self.error("broken_off", f"the answer broke off: {error}") from None
         if response.status != 200:
-            cause, scope, hint = self.REFUSALS.get(response.status, (str(response.status), "some", ""))
-            said = f"{response.status}{hint} {body[:4000].decode(errors='replace')}"
-            raise self.error(cause, said, scope, retry_after(response.headers))
+            cause = self.CAUSES.get(response.status, str(response.status))
+            said = f"{response.status} {body[:4000].decode(errors='replace')}"
+            raise self.error(cause, said, retry_after=retry_after(response.headers))
         if len(body) > self.MAX_BODY:
             raise self.error("bad_answer", f"an answer of over {self.MAX_BODY} bytes")
         if response.length:  # read(n) returns what came where the peer closed early
@@ -1354,6 +1385,23 @@ class S3(Upstream):
     """
 
     name, title = "s3", "S3"
+    # What boto3's own files or their owner may mend at any time: the next call reads them anew.
+    REFUSALS = {
+        "AccessDenied": ("some", "it takes s3:PutObject on the bucket's objects, and the key's if they are encrypted"),
+        "NoSuchBucket": ("all", "is [s3] bucket right?"),
+        "RequestTimeTooSkewed": ("all", "is this machine's clock right?"),
+        **dict.fromkeys(
+            (
+                *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
+                *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"),
+            ),
+            ("all", "are the credentials right where boto3 looks: environment, ~/.aws, the instance's role?"),
+        ),
+        **dict.fromkeys(
+            ("AuthorizationHeaderMalformed", "PermanentRedirect", "301", "302", "307", "308"),
+            ("all", "are [s3] region and endpoint_url right?"),
+        ),
+    }
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -1395,6 +1443,7 @@ class S3(Upstream):
                     raise ConfigError(f"{self.config.file}: [s3] {error}") from None
                 # A round trip saved, and a second where a server ignores it.
                 client.meta.events.register("before-sign.s3.PutObject", without_expect)
+                client.meta.events.register("before-call.s3.HeadBucket", without_region)
                 self._extra = self._parameters(client)
                 self._client = client
             return self._client
@@ -1450,6 +1499,7 @@ class S3(Upstream):
             scope = "all" if status in (401, 429) else "some"
             if status == 409 and "IfNoneMatch" in self._extra:
                 scope = "alert"  # another writer is at the same key
+            self._forget(client, code)
             headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
             raise self.error(code, str(error), scope, retry_after(headers)) from None
         except (botocore.exceptions.BotoCoreError, OSError) as error:
@@ -1460,7 +1510,14 @@ class S3(Upstream):
                 botocore.exceptions.IncompleteReadError,
             )
             scope = "some" if isinstance(error, passing) else "all"
+            self._forget(client, type(error).__name__)
             raise self.error(type(error).__name__, str(error), scope) from None
+
+    def _forget(self, client: Any, cause: str) -> None:
+        """Have the next call make a client of its own: botocore reads credentials from a file but once."""
+        with self._connecting:
+            if cause in self.REFUSALS and self._client is client:
+                self._client = None
 
     def check(self) -> str:
         """Write the object that `ts3d check` writes too, always the same. Raises ConfigError too."""
@@ -1471,6 +1528,16 @@ class S3(Upstream):
 def without_expect(request: Any, **_: Any) -> None:
     """Take botocore's `Expect: 100-continue` away (it is not signed)."""
     del request.headers["Expect"]
+
+
+def without_region(**_: Any) -> None:
+    """Deny botocore the HEAD of the bucket by which it looks for the region that a redirect did not name.
+
+    That may be redirected too, and so on until Python's stack is used up.
+    """
+    import botocore.exceptions
+
+    raise botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPHeaders": {}}}, "HeadBucket")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

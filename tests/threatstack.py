@@ -1,4 +1,5 @@
-"""A stand-in for Threat Stack's API, version 1: details, the list, and every way in which it may fail.
+"""A stand-in for Threat Stack's API, version 1: details, the list, and every way in which it may fail. It takes S3's
+place too: what is PUT is kept in `objects`.
 
 By hand: `python tests/threatstack.py PORT`.
 """
@@ -31,6 +32,8 @@ class Faulty(ThreadingHTTPServer):
 
     def __init__(self, port=0, mode=None):
         self.mode = mode
+        self.tls = None  # an ssl.SSLContext
+        self.objects = {}  # bodies by path
         self.modes = {}  # by alert
         self.calls = []  # (time, path, headers)
         self.released = threading.Event()
@@ -52,7 +55,7 @@ class Faulty(ThreadingHTTPServer):
     def get_request(self):
         sock, address = super().get_request()
         self.connections.append(sock)
-        return sock, address
+        return self.tls.wrap_socket(sock, server_side=True) if self.tls else sock, address
 
     def handle_error(self, request, client_address):
         pass
@@ -81,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.calls.append((time.monotonic(), self.path, dict(self.headers)))
         name = self.path.rpartition("/")[2].partition("?")[0]
         mode = self.server.modes.get(name, self.server.mode)
@@ -99,10 +102,13 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.succeed(name)
 
-    do_PUT = do_GET
+    do_PUT = do_HEAD = do_GET
 
     def succeed(self, name):
-        if self.headers.get("Authorization") != KEY:
+        if self.command == "PUT":
+            self.server.objects[self.path] = self.body
+            self.send(200, b"", [("ETag", '"a-tag"')])
+        elif self.headers.get("Authorization") != KEY:
             self.send(401, b'{"status": "error", "message": "unauthorized"}')
         elif name == "alerts":
             self.send(200, b"[]")
