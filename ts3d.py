@@ -1846,6 +1846,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             refusal = Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
         except OSError as error:  # the client is gone
             refusal = Refusal(0, "gone", str(error))
+            self.close_connection = True  # what it sent of its body is not the next request
         except Exception as error:  # a bug too is answered, and the daemon lives
             log.error("internal error: %s", describe(error))
             refusal = Refusal(500, "internal", "internal error: the log has more")

@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import trustme
@@ -430,6 +431,27 @@ def test_expect_100_continue(daemon):
         assert sock.recv(100).startswith(b"HTTP/1.1 200 OK\r\n")
     wrong = message([LENGTH, b"Expect: 100-continue"]).replace(TOKEN.encode(), b"wrong")
     assert talk(daemon, wrong, shut=True).startswith(b"HTTP/1.1 401 ")
+
+
+def test_the_body_of_a_client_that_is_gone_is_not_read_as_the_next_request():
+    """Writing `100 Continue` to a Unix socket whose other end was closed fails, and what was sent can still be read."""
+    ours, theirs = socket.socketpair()
+    inner = message([LENGTH], EMPTY)
+    theirs.sendall(message([b"Content-Length: %d" % len(inner), b"Expect: 100-continue"], inner))
+    theirs.close()
+    routed = []
+
+    class Handler(ts3d.Handler):
+        def route(self):
+            routed.append(self.path)
+            with self.body():
+                return {}
+
+    config = SimpleNamespace(tls=None, request_timeout=5, max_body=10_000)
+    server = SimpleNamespace(config=config, lock=threading.Lock(), receiving=0, stopping=False)
+    with ours:
+        Handler(ts3d.Connection(ours, 5), ("here", 0), server)
+    assert routed == [PATH]
 
 
 def test_keep_alive(daemon):
