@@ -1875,6 +1875,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refusal(400, "malformed_request", "a header line is malformed")
             self.fields.setdefault(field[1].decode().lower(), []).append(field[2].strip(b" \t").decode("latin-1"))
         http_1_1 = match[3] != b"0"
+        if not http_1_1:
+            self.fields.pop("expect", None)  # RFC 9110, section 10.1.1
         if len(self.fields.get("host", ())) != 1 and (http_1_1 or "host" in self.fields):
             raise Refusal(400, "malformed_request", "there must be one Host header (RFC 9112, section 3.2)")
         lengths, codings = self.fields.get("content-length", []), self.fields.get("transfer-encoding")

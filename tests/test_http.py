@@ -433,6 +433,13 @@ def test_expect_100_continue(daemon):
     assert talk(daemon, wrong, shut=True).startswith(b"HTTP/1.1 401 ")
 
 
+def test_expect_means_nothing_in_http_1_0(daemon):
+    """RFC 9110, section 10.1.1: such a client would take `100 Continue` for the answer."""
+    assert talk(daemon, message([LENGTH, b"Expect: 100-continue"], EMPTY, version="HTTP/1.0")).startswith(
+        b"HTTP/1.1 200 "
+    )
+
+
 def test_the_body_of_a_client_that_is_gone_is_not_read_as_the_next_request():
     """Writing `100 Continue` to a Unix socket whose other end was closed fails, and what was sent can still be read."""
     ours, theirs = socket.socketpair()
