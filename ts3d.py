@@ -1666,6 +1666,7 @@ ALL_BODIES = 64 << 20  # bytes of all bodies that are being received
 HEAD_BYTES, HEAD_LINES = 64 << 10, 100
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 
@@ -1877,7 +1878,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         http_1_1 = match[3] != b"0"
         if not http_1_1:
             self.fields.pop("expect", None)  # RFC 9110, section 10.1.1
-        if len(self.fields.get("host", ())) != 1 and (http_1_1 or "host" in self.fields):
+        hosts = self.fields.get("host", [] if http_1_1 else [""])
+        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
             raise Refusal(400, "malformed_request", "there must be one Host header (RFC 9112, section 3.2)")
         lengths, codings = self.fields.get("content-length", []), self.fields.get("transfer-encoding")
         if codings and (lengths or len(codings) > 1 or codings[0].lower() != "chunked" or not http_1_1):

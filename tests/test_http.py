@@ -305,8 +305,19 @@ TWO_WAYS = [
     message([LENGTH], EMPTY, host=b""),
     *(
         message([LENGTH], EMPTY, host=host + b"\r\n", version=version)
-        for host in (b"Host: a\r\nHost: b", b"Host: a\r\nhost: a", b"Host:\r\nHost:")
+        for host in (
+            b"Host: a\r\nHost: b",
+            b"Host: a\r\nhost: a",
+            b"Host:\r\nHost:",
+            b"Host: a, b",
+            b"Host: a b",
+            b"Host: a/b",
+        )
         for version in ("HTTP/1.1", "HTTP/1.0")
+    ),
+    *(
+        message([LENGTH], EMPTY, host=b"Host: " + host + b"\r\n")
+        for host in (b"a@b", b"a?b", b"a#b", b"a\\b", b"\xe9", b"<a>")
     ),
     # Request lines
     *(
