@@ -1725,6 +1725,7 @@ ALL_BODIES = 64 << 20  # bytes of all bodies that are being received
 HEAD_BYTES, HEAD_LINES = 64 << 10, 100
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 
@@ -1911,6 +1912,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             refusal = Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
         except OSError as error:  # the client is gone
             refusal = Refusal(0, "gone", str(error))
+            self.close_connection = True  # what it sent of its body is not the next request
         except Exception as error:  # a bug too is answered, and the daemon lives
             log.error("internal error: %s", describe(error))
             refusal = Refusal(500, "internal", "internal error: the log has more")
@@ -1939,7 +1941,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refusal(400, "malformed_request", "a header line is malformed")
             self.fields.setdefault(field[1].decode().lower(), []).append(field[2].strip(b" \t").decode("latin-1"))
         http_1_1 = match[3] != b"0"
-        if len(self.fields.get("host", ())) != 1 and (http_1_1 or "host" in self.fields):
+        if not http_1_1:
+            self.fields.pop("expect", None)  # RFC 9110, section 10.1.1
+        hosts = self.fields.get("host", [] if http_1_1 else [""])
+        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
             raise Refusal(400, "malformed_request", "there must be one Host header (RFC 9112, section 3.2)")
         lengths, codings = self.fields.get("content-length", []), self.fields.get("transfer-encoding")
         if codings and (lengths or len(codings) > 1 or codings[0].lower() != "chunked" or not http_1_1):
