@@ -1385,16 +1385,16 @@ class S3(Upstream):
     """
 
     name, title = "s3", "S3"
-    # What boto3's own files or their owner may mend at any time: the next call reads them anew.
+    CREDENTIALS = (
+        *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
+        *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"),
+    )
     REFUSALS = {
         "AccessDenied": ("some", "it takes s3:PutObject on the bucket's objects, and the key's if they are encrypted"),
         "NoSuchBucket": ("all", "is [s3] bucket right?"),
         "RequestTimeTooSkewed": ("all", "is this machine's clock right?"),
         **dict.fromkeys(
-            (
-                *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
-                *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"),
-            ),
+            CREDENTIALS,
             ("all", "are the credentials right where boto3 looks: environment, ~/.aws, the instance's role?"),
         ),
         **dict.fromkeys(
@@ -1516,7 +1516,7 @@ class S3(Upstream):
     def _forget(self, client: Any, cause: str) -> None:
         """Have the next call make a client of its own: botocore reads credentials from a file but once."""
         with self._connecting:
-            if cause in self.REFUSALS and self._client is client:
+            if cause in self.CREDENTIALS and self._client is client:
                 self._client = None
 
     def check(self) -> str:
