@@ -1,7 +1,10 @@
 """The webhook parser: RFC 8259 to the letter, each alert judged by itself, bytes kept as they are."""
 
+import contextlib
 import json
 import re
+import sqlite3
+import time
 
 import pytest
 from conftest import alert, until
@@ -80,6 +83,115 @@ def test_a_missing_member(missing):
     assert result.id == (None if missing == "id" else GOOD["id"])
 
 
+@pytest.mark.parametrize(
+    ("created_at", "minute"),
+    [
+        ("0", "1970/01/01/00/00"),
+        ("-0", "1970/01/01/00/00"),
+        ("-0.0e5", "1970/01/01/00/00"),
+        ("1.5", "1970/01/01/00/00"),
+        ("59999.999", "1970/01/01/00/00"),
+        ("6e4", "1970/01/01/00/01"),
+        ("600000E-1", "1970/01/01/00/01"),
+        ("1.484661065e+12", "2017/01/17/13/51"),
+        ("14846610650000000000000e-10", "2017/01/17/13/51"),
+        ("253402300799999", "9999/12/31/23/59"),
+        ('"253402300799999"', "9999/12/31/23/59"),
+        ('"1484661065000"', "2017/01/17/13/51"),
+        ('"\\u0031484661065000"', "2017/01/17/13/51"),
+        ('"0001484661065000"', "2017/01/17/13/51"),
+        ("253402300800000", None),
+        ("-1", None),
+        ("-0.5", None),
+        ("1E400", None),
+        ("-1E400", None),
+        ("1e999999999", None),
+        ("1e" + "9" * 100_000, None),
+        ("9" * 100_000, None),
+        ("-" + "9" * 100_000, None),
+        ('"' + "9" * 100_000 + '"', None),
+        ("1484661065000." + "9" * 100_000, "2017/01/17/13/51"),
+        ("0." + "0" * 100_000 + "1", "1970/01/01/00/00"),
+        ("1" + "0" * 100_000 + "e-99988", "2001/09/09/01/46"),
+        ("0e999999999", "1970/01/01/00/00"),
+        ("1e-999999999", "1970/01/01/00/00"),
+        *(
+            (f'"{text}"', None)
+            for text in ("1e3", "1.5", "-0", "-1", "0x10", "1 ", "1\\n", "NaN", "Infinity", "null", "")
+        ),
+        *(
+            (f'"{text}"', None)
+            for text in ("١٤٨٤", "१४८४", "１４８４", "²", "Ⅷ", "1４84", "\\u0661\\u0664", "1\\u0000")
+        ),
+        ('"2016-12-31T23:59:60Z"', "2016/12/31/23/59"),  # a leap second
+        ('"1990-12-31T15:59:60-08:00"', "1990/12/31/23/59"),
+        ('"2016-12-31T23:59:60.5Z"', "2016/12/31/23/59"),
+        ('"2017-01-17t13:51:05z"', "2017/01/17/13/51"),
+        ('"2017-01-17 13:51:05Z"', "2017/01/17/13/51"),
+        ('"2017-01-17T13:51:05-00:00"', "2017/01/17/13/51"),
+        ('"2017-01-17T00:51:05+01:00"', "2017/01/16/23/51"),
+        ('"2017-01-17T13:51:05+23:59"', "2017/01/16/13/52"),
+        ('"2017-01-17T13:51:05-23:59"', "2017/01/18/13/50"),
+        ('"2017-01-17T13:51:05.123456789012345678901234567890Z"', "2017/01/17/13/51"),
+        ('"2016-02-29T00:00:00Z"', "2016/02/29/00/00"),
+        ('"9999-12-31T23:59:60Z"', "9999/12/31/23/59"),
+        ('"1970-01-01T00:00:00Z"', "1970/01/01/00/00"),
+        ('"2017-01-17T13:51:05\\u005a"', "2017/01/17/13/51"),
+        *(
+            (f'"{text}"', None)
+            for text in (
+                *("2017-01-17T24:00:00Z", "2017-02-30T00:00:00Z", "2017-02-29T00:00:00Z", "2017-13-01T00:00:00Z"),
+                *("2017-00-01T00:00:00Z", "2017-01-00T00:00:00Z", "2017-01-32T00:00:00Z", "0000-01-01T00:00:00Z"),
+                *(
+                    "2017-01-17T13:60:00Z",
+                    "2017-01-17T13:51:61Z",
+                    "2017-01-17T13:51:05+24:00",
+                    "2017-01-17T13:51:05+00:60",
+                ),
+                *(
+                    "2017-01-17T13:51:05",
+                    "2017-01-17T13:51:05+01",
+                    "2017-01-17T13:51:05+0100",
+                    "2017-01-17T13:51:05+1:00",
+                ),
+                *(
+                    "2017-01-17T13:51:05.Z",
+                    "2017-01-17T13:51:05,5Z",
+                    "2017-01-17T13:51Z",
+                    "20170117T135105Z",
+                    "2017-01-17",
+                ),
+                *(
+                    "17-01-17T13:51:05Z",
+                    "2017-1-17T13:51:05Z",
+                    "2017-W03-2T13:51:05Z",
+                    "2017-017T13:51:05Z",
+                    "+2017-01-17",
+                ),
+                *(" 2017-01-17T13:51:05Z", "2017-01-17T13:51:05Z ", "2017-01-17T13:51:05Z\\n", "2017-01-17_13:51:05Z"),
+                *("٢٠١٧-01-17T13:51:05Z", "2017-01-17T1３:51:05Z", "2017-01-17T13:51:05ZZ", "2017-01-17T13:51:05 Z"),
+                *(
+                    "2017−01−17T13:51:05Z",
+                    "2017-01-17T13:51:05−01:00",
+                    "12017-01-17T13:51:05Z",
+                    "-2017-01-17T13:51:05Z",
+                ),
+                *("1969-12-31T23:59:60Z", "9999-12-31T23:59:59-00:01", "0001-01-01T00:00:00+00:01"),
+            )
+        ),
+        *((text, None) for text in ("true", "false", "null", "[]", "[0]", "{}", '{"id": "abcd", "created_at": 0}')),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_created_at(created_at, minute):
+    (result,) = ts3d.read_webhook(b'{"id": "abcd", "created_at": %s}' % created_at.encode())
+    if minute:
+        assert result.minute == minute
+    else:
+        assert result.message.startswith("created_at: ")
+        assert len(result.message) < 300
+
+
 def test_too_many_alerts():
     assert len(ts3d.read_webhook(b'{"alerts": [' + b"0," * (ts3d.MAX_ALERTS - 1) + b"0]}")) == ts3d.MAX_ALERTS
     with pytest.raises(ts3d.Malformed, match="alerts: over 10000"):
@@ -90,11 +202,22 @@ def test_a_member_there_twice_is_ambiguous():
     for text in (
         b'{"id": "abcd", "id": "abce", "created_at": 0}',
         b'{"\\u0069d": "abcd", "id": "abcd", "created_at": 0}',
+        b'{"i\\u0064": "abcd", "created_at": 0, "\\u0069\\u0064": 1}',
+        b'{"id": "abcd", "created_at": 0, "\\u0069d": null}',
     ):
         (result,) = ts3d.read_webhook(text)
         assert result.message == "id: there twice"
-    with pytest.raises(ts3d.Malformed, match="alerts: there twice"):
-        ts3d.read_webhook(b'{"alerts": [], "alerts": [1]}')
+    (result,) = ts3d.read_webhook(b'{"id": "abcd", "created_at": 0, "created\\u005Fat": 0}')
+    assert result.message == "created_at: there twice"
+    for name in (b"alerts", b"\\u0061lerts", b"alert\\u0073"):
+        with pytest.raises(ts3d.Malformed, match="alerts: there twice"):
+            ts3d.read_webhook(b'{"alerts": [], "%s": [1]}' % name)
+    with pytest.raises(ts3d.Malformed, match="one alert, or many"):
+        ts3d.read_webhook(b'{"\\u0069d": "abcd", "created_at": 0, "\\u0061lerts": []}')
+    other = (
+        b'{"id": "abcd", "created_at": 0, "Id": 1, "ID": 2, "id\\u0000": 3, "\\ufeffid": 4, "x": {"id": 5, "id": 6}}'
+    )
+    assert ts3d.read_webhook(other)[0].body == other
 
 
 def test_what_is_no_number_names_its_member():
@@ -176,6 +299,406 @@ def test_what_is_allowed_is_kept_byte_for_byte(text):
             assert result.body == text.strip(" \t\r\n").encode()
 
 
+# RFC 8259: what may stand in the place of a value, …
+ALLOWED = [
+    # literals, numbers
+    *("null", "true", "false", "0", "-0", "1", "-1", "10", "123456789012345678901234567890", "0.0", "-0.0", "0.1e1"),
+    *(
+        "1e1",
+        "1E1",
+        "1e+1",
+        "1e-1",
+        "1E+01",
+        "0e0",
+        "0E-0",
+        "-0e+0",
+        "1.0E+2",
+        "1e400",
+        "-1E400",
+        "1e-400",
+        "1e999999999",
+    ),
+    *("1.797693134862315808e308", "0." + "3" * 400, "-" + "9" * 5000, "9" * 100_000, "-1." + "9" * 100_000),
+    *("1e" + "9" * 100_000, "0e-" + "0" * 100_000),
+    # strings
+    *(
+        '""',
+        '" "',
+        '"a"',
+        '"\\""',
+        '"\\\\"',
+        '"\\/"',
+        '"/"',
+        '"\\b\\f\\n\\r\\t"',
+        '"\\u0000"',
+        '"\\u001F"',
+        '"\\u0022"',
+    ),
+    *('"\\u005C"', '"\\uAbCd"', '"\\ud83d\\ude00"', '"\\uD83D\\uDE00"', '"\x7f"', '"\x80"', '"\x85"', '"\u2028\u2029"'),
+    *(
+        '"é"',
+        '"🔒"',
+        '"\ufeff"',
+        '"\ufffe"',
+        '"\uffff"',
+        '"\ufdd0"',
+        '"\ue000"',
+        '"\U0010ffff"',
+        '"\\\\u0000"',
+        '"\\\\\\""',
+    ),
+    *('"[{\\"id\\": 1}]"', '"]}"', '"//"', '"/**/"', '"' + "x" * 100_000 + '"', '"' + "\\u0000" * 1000 + '"'),
+    # lone surrogates, escaped: "unpredictable", and allowed (section 8.2)
+    *(
+        '"\\ud800"',
+        '"\\udfff"',
+        '"\\ud800\\ud800"',
+        '"\\ude00\\ud83d"',
+        '"\\ud83dx\\ude00"',
+        '"\\ud800\\n"',
+        '"a\\uDC00"',
+    ),
+    # arrays, objects, blanks
+    *(
+        "[]",
+        "[ ]",
+        "[\t\n\r ]",
+        "[[]]",
+        "[null]",
+        "[1,2]",
+        "[ 1 , 2 ]",
+        "[\n1\n,\r2]",
+        '[[], {}, "", 0, [null]]',
+        "[[[]]]",
+    ),
+    *(
+        "{}",
+        "{ }",
+        "{\t\n\r }",
+        '{"a":1}',
+        '{ "a" : 1 , "b" : 2 }',
+        '{"":0}',
+        '{"a":{"a":{}}}',
+        '{"a":1,"a":2}',
+        '{"a":1,"a":1}',
+    ),
+    *(
+        '{"\\u0000":0}',
+        '{"\\ud800":0}',
+        '{"\\ud800":{"\\udc00":"\\ud800"}}',
+        '{"a\\"]}":0}',
+        '{"alerts":[{}]}',
+        '{"\ufeff":0}',
+    ),
+    *('{"é":1,"e\u0301":2}', '{"__proto__":{}}', '{"id":1,"\\u0069d":2,"created_at":NULL}'.replace("NULL", "null")),
+    *("[" * 500 + "]" * 500, '{"a":' * 400 + "0" + "}" * 400, "[" + "[],{}," * 1000 + "0]"),
+]
+# … and what may not.
+FORBIDDEN = [
+    # literals, numbers
+    *(
+        "",
+        "nul",
+        "nulll",
+        "Null",
+        "NULL",
+        "True",
+        "TRUE",
+        "tru",
+        "fals",
+        "undefined",
+        "None",
+        "nil",
+        "a",
+        "é",
+        "🔒",
+        "\\u0061",
+    ),
+    *(
+        "NaN",
+        "-NaN",
+        "nan",
+        "Infinity",
+        "-Infinity",
+        "+Infinity",
+        "inf",
+        "Inf",
+        "-inf",
+        "01",
+        "-01",
+        "00",
+        "-00",
+        "+1",
+        "++1",
+        "+0",
+    ),
+    *(
+        "-",
+        "--1",
+        "- 1",
+        ".1",
+        "-.1",
+        "1.",
+        "-1.",
+        "1.e1",
+        ".",
+        "1e",
+        "1e+",
+        "1e-",
+        "1E",
+        "e1",
+        "1ee1",
+        "1e1.5",
+        "1.1.1",
+        "1 000",
+    ),
+    *(
+        "0x1",
+        "0X1",
+        "0b1",
+        "0o1",
+        "1_000",
+        "1,",
+        "1a",
+        "1f",
+        "1L",
+        "1n",
+        "0e",
+        "0.e1",
+        "1e1e1",
+        "1e 1",
+        "1 .5",
+        "9" * 100_000 + ".",
+    ),
+    *("\u0661", "\uff11", "1\u0661", "-\uff11", "²", "1²", "½", "−1", "1e\uff11", "1.\u0661", "∞"),
+    # strings
+    *(
+        '"',
+        '"a',
+        "'a'",
+        "''",
+        "`a`",
+        '"\\"',
+        '"\\',
+        '"\\a"',
+        '"\\v"',
+        '"\\0"',
+        '"\\1"',
+        '"\\x41"',
+        '"\\\'"',
+        '"\\U00000041"',
+    ),
+    *(
+        '"\\u"',
+        '"\\u0"',
+        '"\\u00"',
+        '"\\u004"',
+        '"\\u004g"',
+        '"\\u 041"',
+        '"\\u+041"',
+        '"\\u-041"',
+        '"\\u0_41"',
+        '"\\u{41}"',
+    ),
+    *(
+        '"\\u004\uff11"',
+        '"\\u\u0660\u0660\u0664\u0661"',
+        '"\\ud800\\u"',
+        '"\\ud800\\udc0"',
+        '"\\é"',
+        '"\\\n"',
+        '"a""b"',
+        '"a" "b"',
+    ),
+    *(f'"{chr(control)}"' for control in range(32)),
+    *(f"[{chr(control)}]" for control in range(32) if chr(control) not in "\t\n\r"),
+    *('"\\\x00"', '{"\x00":0}', '{"a\x1f":0}', '"a\x00b"', "\x00", "1\x00", "nu\x00ll"),
+    # arrays, objects, blanks
+    *(
+        "[",
+        "]",
+        "[[",
+        "[]]",
+        "[,]",
+        "[1,]",
+        "[,1]",
+        "[1,,2]",
+        "[1 2]",
+        "[1;2]",
+        "[1:2]",
+        '["a":1]',
+        "[1",
+        "[1,",
+        "(1)",
+        "[1)",
+        "[1}",
+    ),
+    *(
+        "{",
+        "}",
+        "{{}}",
+        "{}}",
+        "{,}",
+        '{"a"}',
+        '{"a":}',
+        '{"a" 1}',
+        '{"a"::1}',
+        '{"a",1}',
+        '{"a":1,}',
+        '{,"a":1}',
+        '{"a":1,,"b":2}',
+    ),
+    *(
+        '{"a":1 "b":2}',
+        '{"a":1',
+        '{"a":',
+        '{"a"',
+        '{"a":1]',
+        "{a:1}",
+        "{'a':1}",
+        "{1:1}",
+        "{null:1}",
+        "{[]:1}",
+        '{"a":1;"b":2}',
+        "{:1}",
+    ),
+    *(
+        '{"a"=1}',
+        '{"a":1:2}',
+        "{...}",
+        "[...]",
+        "/**/1",
+        "1/**/",
+        "//\n1",
+        "# 1",
+        "1 // 1",
+        "<a>",
+        "*",
+        "[*]",
+        "[\\n]",
+        "@",
+        "$",
+    ),
+    *(
+        "\xa0" + "1",
+        "1\x0c",
+        "\x0b1",
+        "\u20031",
+        "1\u2028",
+        "\u20601",
+        "\ufeff1",
+        "1\ufeff",
+        "[\ufeff]",
+        '{\ufeff"a":1}',
+        "\x851",
+    ),
+    *(
+        "[" * 100_000,
+        "]" * 100_000,
+        '{"a":' * 100_000,
+        "[" * 100_000 + "]" * 100_000,
+        '[{"a":' * 50_000 + "0" + "}]" * 50_000,
+    ),
+]
+PLACES = [  # beside, in an alert, deeper in it, in a bare one
+    '{"x": %s, "alerts": [{"id": "abcd", "created_at": 0}]}',
+    '{"alerts": [{"id": "abcd", "created_at": 0, "x": %s}]}',
+    '{"alerts": [{"x": [{"y": %s}], "id": "abcd", "created_at": 0}], "n": 0}',
+    '\r\n{"id": "abcd", "x":\t%s , "created_at": 0}\t',
+]
+INVALID_UTF_8 = [
+    *(
+        b"\xff",
+        b"\xfe",
+        b"\x80",
+        b"\xbf",
+        b"\xc3",
+        b"\xe2\x82",
+        b"\xf0\x9f\x94",
+        b"\xc0\xaf",
+        b"\xc1\xbf",
+        b"\xe0\x80\xaf",
+    ),
+    *(b"\xf0\x80\x80\xaf", b"\xf8\x88\x80\x80\x80", b"\xf4\x90\x80\x80", b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xe9"),
+    *(b"\xed\xa0\xbd\xed\xb8\x80", b"\xc0\x80", b"\xf5\x80\x80\x80"),
+]
+
+
+def short(value):
+    return repr(value)[:80]
+
+
+def test_what_rfc_8259_allows_is_taken_and_kept_byte_for_byte():
+    begin = time.monotonic()
+    for value in ALLOWED:
+        for place in PLACES:
+            body = (place % value).encode()
+            (result,) = ts3d.read_webhook(body)
+            assert isinstance(result, ts3d.Arrival), short(value)
+            assert result.body in body, short(value)
+            assert value.encode() in result.body or place == PLACES[0], short(value)
+            assert result.body[:1] + result.body[-1:] == b"{}"
+        results = ts3d.read_webhook(f'{{"alerts": [0, {value}, {{"id": "abcd", "created_at": 0}} ]}}'.encode())
+        assert [result.id for result in results] == [None, None, "abcd"], short(value)
+        assert results[2].body == b'{"id": "abcd", "created_at": 0}'
+        try:
+            ts3d.read_webhook(value.encode())  # JSON, if no webhook
+        except ts3d.Malformed as error:
+            assert "not JSON" not in str(error), short(value)
+    assert time.monotonic() - begin < 20
+
+
+def test_what_rfc_8259_forbids_is_refused():
+    begin = time.monotonic()
+    for value in FORBIDDEN:
+        for place in (*PLACES, "%s", '{"alerts": [{"id": "abcd", "created_at": 0}, %s]}'):
+            with pytest.raises(ts3d.Malformed, match="not JSON"):
+                raise AssertionError((short(value), place, ts3d.read_webhook((place % value).encode())))
+    assert time.monotonic() - begin < 20
+
+
+def test_what_is_not_utf_8_is_refused():
+    for scrap in INVALID_UTF_8:
+        for place in (*PLACES, '{"id": %s, "created_at": 0}', '{%s: 0, "id": "abcd", "created_at": 0}'):
+            with pytest.raises(ts3d.Malformed, match=r"not JSON: byte \d+ is not UTF-8"):
+                ts3d.read_webhook(place.encode().replace(b"%s", b'"' + scrap + b'"'))
+    text = PLACES[1] % 0
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "utf-8-sig"):
+        for body in (text.encode(encoding), (PLACES[1] % '"é"').encode(encoding)):
+            with pytest.raises(ts3d.Malformed, match="not JSON"):
+                ts3d.read_webhook(body)
+
+
+@pytest.mark.parametrize("depth", [900, 990, 5000, 100_000, 1_000_000])
+def test_nesting_is_judged_at_once_wherever_it_is(depth):
+    begin = time.monotonic()
+    for text in ("[" * depth + "]" * depth, '{"alerts":' * (depth // 2) + "0" + "}" * (depth // 2)):
+        for place in (
+            *(*PLACES, "%s", '{"alerts": %s}', '{"alerts": [%s]}', '{"id": %s, "created_at": 0}'),
+            *('{"id": "abcd", "created_at": %s}', '{"alerts": [], "alerts": %s}', '{"alerts": [0, {"id": [%s]}]}'),
+        ):
+            body = (place % text).encode()
+            try:
+                results = ts3d.read_webhook(body)
+            except (ts3d.Malformed, RecursionError) as error:
+                assert depth > 800 and len(str(error)) < 200
+            else:
+                assert all(result.body in body for result in results if isinstance(result, ts3d.Arrival))
+                assert depth < 100_000
+    assert time.monotonic() - begin < 10
+
+
+def test_long_numbers_cost_no_more_than_long_strings():
+    """int() of 100,000 digits takes time with their square, and Python refuses it."""
+    digits = "9" * 100_000
+    for value in (digits, f"-{digits}", f"0.{digits}", f"1e{digits}", f"1e-{digits}", f"{digits}.{digits}E+{digits}"):
+        begin = time.monotonic()
+        for place in (*PLACES, '{"id": "abcd", "created_at": %s}', '{"id": %s, "created_at": 0}', '{"alerts": [%s]}'):
+            (result,) = ts3d.read_webhook((place % value).encode())
+            assert isinstance(result, ts3d.Arrival) or len(result.message) < 200
+        assert time.monotonic() - begin < 2
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -241,6 +764,69 @@ def test_what_is_refused_is_400_and_kept(daemon, s3, api):
     until(lambda: len(s3.objects()) == len(BODIES))
     assert sorted(s3.objects("rejected/").values()) == sorted(BODIES)
     assert api.calls == []
+
+
+def test_what_rfc_8259_allows_is_in_s3_byte_for_byte(new_daemon, s3):
+    daemon = new_daemon(archive__workers="24", server__wait="0")
+    values = [value for value in ALLOWED if len(value) < 10_000]
+    texts = {
+        f"json-{n:04}": f'{{ "x":{value} , "id" :\t"json-{n:04}", "created_at": {1484661065000 + n} }}'
+        for n, value in enumerate(values)
+    }
+    status, answer = daemon.post(('{"alerts":[' + ",\r\n ".join(texts.values()) + "]}").encode())
+    assert status == 200
+    assert [state["id"] for state in answer["alerts"]] == list(texts)
+    until(lambda: len(s3.objects("alerts/")) == len(texts))
+    kept = {key.rpartition("/")[2]: body.decode() for key, body in s3.objects("webhooks/").items()}
+    assert kept == texts
+
+
+def test_what_rfc_8259_forbids_is_400_and_kept(new_daemon):
+    daemon = new_daemon(archive__workers="0")
+    values = [value for value in FORBIDDEN if len(value) < 1000]
+    bodies = [(PLACES[n % 4] % value).encode() for n, value in enumerate(values)]
+    bodies += [PLACES[0].encode().replace(b"%s", b'"' + scrap + b'"') for scrap in INVALID_UTF_8]
+    bodies += [
+        b"\xef\xbb\xbf" + (PLACES[1] % 0).encode(),
+        b"\xef\xbb\xbf",
+        b"\xef\xbb\xbf{}",
+        (PLACES[1] % 0).encode("utf-16"),
+    ]
+    bodies += [b"\0", b"\0" * 1000, (PLACES[1] % 0).encode() + b"\0", b'{"\xed\xa0\x80": 0}']
+    assert len(set(bodies)) == len(bodies)
+    for body in bodies:
+        status, answer = daemon.post(body)
+        assert (status, answer["error"]["type"]) == (400, "malformed_webhook"), body
+        assert len(answer["error"]["message"]) < 200
+    daemon.kill()
+    with contextlib.closing(sqlite3.connect(daemon.queue)) as queue:
+        kept = queue.execute("SELECT step, body FROM jobs ORDER BY number").fetchall()
+    assert kept == [("rejected", body) for body in bodies]
+
+
+def test_surrogates_and_nul_in_an_id_are_answered(new_daemon):
+    """What no UTF-8 can hold: the answer escapes it, and neither the log nor the queue breaks."""
+    daemon = new_daemon(archive__workers="0", log__level="DEBUG")
+    for value in (
+        "\\ud800",
+        "abcd\\ud800",
+        "\\udc00abcd",
+        "abcd\\u0000",
+        "\\u0000abcd",
+        "ab\\u0000cd",
+        "\\ud800\\u0000",
+    ):
+        body = b'{"alerts": [{"id": "VALUE", "created_at": 0}, {"id": "abcd", "created_at": "VALUE"}]}'
+        body = body.replace(b"VALUE", value.encode())
+        status, answer = daemon.post(body)
+        assert status == 400
+        assert [state["id"] for state in answer["alerts"]] == [json.loads(f'"{value}"'), "abcd"]
+        assert value in answer["alerts"][1]["error"]["message"]
+    names = b'{"id": "abcd", "created_at": 0, "\\ud800": "\\u0000", "\\u0000id": "\\udfff", "id\\ud800": 0}'
+    assert daemon.post(names)[0] == 200
+    with contextlib.closing(sqlite3.connect(daemon.queue)) as queue:
+        assert queue.execute("SELECT body FROM jobs WHERE step = 'webhooks'").fetchall() == [(names,)]
+        assert queue.execute("SELECT count(*) FROM jobs WHERE step = 'rejected'").fetchone() == (7,)
 
 
 def test_nesting_of_any_depth_is_answered(daemon, s3):
