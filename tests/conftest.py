@@ -117,6 +117,7 @@ class Daemon:
         self.options = {
             ("server", "listen"): "127.0.0.1:0",
             ("server", "webhook_token"): TOKEN,
+            ("server", "wait"): "10",  # so that `archived` is said on a machine that has much else to do, too
             ("threatstack", "api_key"): threatstack.KEY,
             ("s3", "bucket"): BUCKET,
         }

@@ -103,7 +103,7 @@ def test_kill_at_any_moment_loses_nothing(new_daemon, s3, kills):
         if not s3.process:
             s3.start()
     load.end()
-    drained(daemon)
+    drained(daemon, 60 + 5 * kills)
     assert_whole(s3, load)
 
 
