@@ -55,7 +55,7 @@ SCRAPS = one_of(
 
 SIZES = mostly(b"N", b"00N", b"+N", b"0xN", b" N", b"N0", b"-N", b"N_0", b"", "\u0661".encode())
 EXTENSIONS = mostly(b"", b";", b";a=b", b' ; a="b;c"', b" ", b"\t", b";a\x00", b";\r", b"\r")
-CHUNK_ENDS = mostly(b"\r\n", b"\n", b"\r", b"", b"\r\r\n", b"x\r\n")
+CHUNK_ENDS = mostly(b"\r\n", b"xx", b"\n\n", b"\n\r", b"\n", b"\r", b"", b"\r\r\n", b"x\r\n")
 LAST = mostly(b"0", b"00", b"-0", b"0;x", b"", b"0 ", b"fffffffffffffffff", b"10000000000000000", b"ffffffff")
 LINE_ENDS = mostly(b"\r\n", b"\n", b"", b"x\r\n", b"\r")
 TRAILERS = mostly(b"", b"T: x\r\n", b"Content-Length: 5\r\n", b" x\r\n", b"T : x\r\n", b"x\r\n", b"T: \x00\r\n")

@@ -262,7 +262,7 @@ TWO_WAYS = [
     ),
     *(
         message([CHUNKED], b"e\r\n" + EMPTY + end + b"0\r\n\r\n")
-        for end in (b"", b"\n", b"\r", b"\r\r\n", b" \r\n", b"x\r\n")
+        for end in (b"", b"xx", b"\n\n", b"\n\r", b"\r\r", b"\n", b"\r", b"\r\r\n", b" \r\n", b"x\r\n")
     ),
     message([CHUNKED], b"e\n" + EMPTY + b"\r\n0\r\n\r\n"),
     *(message([CHUNKED], b"e\r\n" + EMPTY + b"\r\n" + last) for last in (b"-0\r\n\r\n", b"+0\r\n\r\n", b"0x0\r\n\r\n")),
