@@ -2165,7 +2165,8 @@ def serve(config: Config) -> int:
     """The daemon: listen, queue, archive, until SIGTERM or SIGINT."""
     if config.workers:
         require_upstreams(config)
-    # Blocked in all threads and waited for in this one: a handler could run at any moment, with any lock held.
+    # Blocked, and looked for: a handler could run at any moment, with any lock held, and CPython's sigtimedwait
+    # takes an interruption after its time-out, such as SIGCONT, for one of the signals.
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     threading.excepthook = lambda args: log.error("thread ended: %s", describe(args.exc_value or SystemExit()))
@@ -2184,7 +2185,8 @@ def serve(config: Config) -> int:
     log.info("ts3d %s listens on %s://%s:%d, queue %s, %s", VERSION, scheme, shown, port, config.path, target)
     archiver.start()
     problem: Exception | None = None
-    while not (problem or signal.sigtimedwait(stop_signals, 1)):
+    while not (problem or stop_signals & signal.sigpending()):
+        time.sleep(0.25)
         # What sleeps looks again now and then. This is the one timer: before Python 3.11 a wait for a lock with a
         # time-out of its own goes by the wall clock, and one that is set back would make it wait for as long.
         archiver.wake.set()

@@ -228,6 +228,19 @@ def test_a_week_without_threat_stack(new_daemon, api, timeless, tmp_path, status
     drained(daemon)
 
 
+def test_a_daemon_that_is_suspended_goes_on(new_daemon, s3):
+    """CPython's sigtimedwait takes an interruption after its time-out for a signal."""
+    daemon = new_daemon()
+    for _ in range(2):
+        daemon.process.send_signal(signal.SIGSTOP)
+        threading.Event().wait(1.5)  # longer than any timer of the main thread
+        daemon.process.send_signal(signal.SIGCONT)
+        assert daemon.post({"alerts": [alert(0)]})[0] == 200
+    until(lambda: daemon.health()["queued"] == 0)
+    assert not daemon.logged("stopping")
+    assert daemon.stop() == 0
+
+
 BESIDE = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
