@@ -38,6 +38,7 @@ import queue
 import random
 import re
 import resource
+import select
 import signal
 import socket
 import socketserver
@@ -62,6 +63,11 @@ VERSION = "0.1.0"
 T = TypeVar("T")
 Write = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]  # a part of a transaction, and what comes of it
 log = logging.getLogger("ts3d")
+
+
+def nap(seconds: float) -> None:
+    """As time.sleep, but relative: under libfaketime time.sleep's absolute end may be before the clock's beginning."""
+    select.select((), (), (), seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -867,7 +873,7 @@ class Queue:
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
-            time.sleep(random.uniform(0.0005, 0.003))
+            nap(random.uniform(0.0005, 0.003))
 
     def _note_trouble(self, error: Exception | None) -> None:
         """Log once when the file begins to fail, and once when it works again."""
@@ -1651,7 +1657,7 @@ class Archiver:
                 self.queue.release(job)
             except QueueError:  # its body cannot be read now: logged when that began
                 self.queue.release(job)
-                time.sleep(1)
+                nap(1)
             except Exception as error:  # a bug: a worker that died would take its share of the archive with it
                 self._put_off(job, UpstreamError("internal", "error", f"internal error: {describe(error)}"), 0)
             finally:
@@ -1805,7 +1811,7 @@ class Server(socketserver.ThreadingTCPServer):
                 return super().serve_forever(poll_interval)
             except OSError as error:
                 log.error("waiting for connections: %s", error)
-                time.sleep(poll_interval)
+                nap(poll_interval)
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection. Where there is no room or no file descriptor for it, the longest idle one goes."""
@@ -1814,7 +1820,7 @@ class Server(socketserver.ThreadingTCPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.shed()
-                time.sleep(0.05)  # the listening socket stays readable, and this loop would spin
+                nap(0.05)  # the listening socket stays readable, and this loop would spin
             raise
         if len(self.connections) >= self.room and not self.shed():
             sock.close()
@@ -1863,7 +1869,7 @@ class Server(socketserver.ThreadingTCPServer):
                 idle = [c for c in self.connections if not c.begun and c.since < before]
             for connection in idle:
                 connection.shutdown(socket.SHUT_RD)  # what it sent before can still be read
-            time.sleep(0.02)
+            nap(0.02)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2186,7 +2192,7 @@ def serve(config: Config) -> int:
     archiver.start()
     problem: Exception | None = None
     while not (problem or stop_signals & signal.sigpending()):
-        time.sleep(0.25)
+        nap(0.25)
         # What sleeps looks again now and then. This is the one timer: before Python 3.11 a wait for a lock with a
         # time-out of its own goes by the wall clock, and one that is set back would make it wait for as long.
         archiver.wake.set()

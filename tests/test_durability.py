@@ -204,6 +204,8 @@ def test_a_clock_that_jumps_stalls_and_expires_nothing(new_daemon, api, timeless
         until(lambda n=n: f"/evidence/alerts/al/er/alert-{n:06}" in timeless, 30)
     until(lambda: daemon.health()["queued"] == 0)
     assert daemon.health()["failed"] == 0
+    clock.set("-1y")
+    assert daemon.stop() == 0
     years = {line[:4] for line in daemon.log().splitlines()}
     assert len(years) >= 2, years
 

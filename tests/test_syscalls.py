@@ -79,7 +79,7 @@ SCENES = {
 # What the passage also does, with no effect outside the process and no way to fail.
 HARMLESS = """
     brk clock_nanosleep exit exit_group futex getpid gettid madvise prctl restart_syscall rseq rt_sigaction
-    rt_sigprocmask rt_sigtimedwait sched_yield set_robust_list
+    pselect6 rt_sigpending rt_sigprocmask sched_yield select set_robust_list
 """.split()
 
 
