@@ -11,7 +11,7 @@ Threat Stack API, and puts both into S3. An alert is acknowledged (200) once it 
 and forgotten only then: whatever dies in between, an acknowledged alert reaches S3.
 
 The file reads in the order in which an alert travels: configuration and log, webhook, queue, upstreams (Threat Stack
-and S3), archiver, HTTP, commands. README.md is its manual.
+and S3), archiver, HTTP, systemd, commands. README.md is its manual.
 """
 
 import argparse
@@ -68,6 +68,16 @@ log = logging.getLogger("ts3d")
 def nap(seconds: float) -> None:
     """As time.sleep, but relative: under libfaketime time.sleep's absolute end may be before the clock's beginning."""
     select.select((), (), (), seconds)
+
+
+LONGEST_TURN = 20.0  # seconds of a thread's turn that calls no upstream: the queue waits for other processes for 10
+LONGEST_CALLS = 600.0  # seconds of one that does, beside Threat Stack's time-out: no dead upstream draws it out so far
+MOVES_BY: dict[str, float] = {}  # by thread: the moment (monotonic clock) before which it moves again
+
+
+def promise(seconds: float) -> None:
+    """Say that this thread moves again within so many seconds: systemd's watchdog is not fed while one is late."""
+    MOVES_BY[threading.current_thread().name] = time.monotonic() + seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,6 +227,9 @@ def load_config(path: str) -> Config:
     sections, folder = read_ini(path), os.path.dirname(os.path.abspath(path))
     config = Config(file=path, put_object=sections.get(PUT_OBJECT, {}))
     config.credentials = os.path.join(folder, os.environ.get("CREDENTIALS_DIRECTORY") or "secrets")
+    aws = os.path.join(config.credentials, "aws_credentials")
+    if os.path.exists(aws):  # also an empty one: commands run by hand are to find no others than the service finds
+        os.environ.setdefault("AWS_SHARED_CREDENTIALS_FILE", aws)
     for option in OPTIONS:
         section, variable = sections.get(option.section, {}), ENVIRONMENT.get(option.name, "")
         where, text = f"{path}: [{option.section}] {option.name}", section.get(option.name)
@@ -330,10 +343,16 @@ def printable(text: str) -> str:
     return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
+def in_journal() -> bool:
+    """Whether standard error is the journal: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    stat = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+
+
 def start_log(level: str) -> None:
-    """Log to standard error; it is the journal where $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
-    stat, formatter, handler = os.fstat(2), LineFormatter(), logging.StreamHandler()
-    formatter.journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+    """Log to standard error."""
+    formatter, handler = LineFormatter(), logging.StreamHandler()
+    formatter.journal = in_journal()
     handler.setFormatter(formatter)
     logging.raiseExceptions = False  # a log that cannot be written must not end what is logged
     # Other libraries speak from WARNING on: botocore's DEBUG shows signatures and bodies.
@@ -567,6 +586,7 @@ class Queue:
         self.trouble: str | None = None  # why the last transaction failed
         self._suspect = False  # SQLite says that the file is malformed
         self._broken = False  # the connections are of no use any more
+        self._closing = False
         self._lock = threading.Condition()  # for _reader, _taken, _outcomes and _waiting
         self._taken: set[int] = set()
         self._outcomes: dict[int, Outcome] = {}  # what is not on disk yet; these jobs are in _taken too
@@ -588,6 +608,7 @@ class Queue:
     def _keep_others_out(self) -> None:
         """Lock the queue for this process's life. The lock has a file of its own: SQLite's would be lost by closing."""
         self._lock_file.close()
+        make(self.path + ".lock")
         self._lock_file = open(self.path + ".lock", "ab")  # noqa: SIM115 - open for the process's life
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -604,6 +625,7 @@ class Queue:
                     damage = self._look_for_damage(file)
                 if damage:
                     self._move_aside(damage)
+            make(self.path)
         elif not exists:
             raise ConfigError(f"{self.path}: there is no queue yet: `ts3d serve` makes it ([queue] path)")
         self._db = self._connect("rwc" if self._create else "rw")
@@ -761,11 +783,10 @@ class Queue:
             if outcomes and self._waiting:
                 self._lock.notify_all()
 
-    def catch_up(self) -> None:
-        """Try to write what the disk refused, if there is any, or to open the queue anew."""
-        if self._outcomes or self._broken:
-            with contextlib.suppress(QueueError):
-                self._write(lambda db: None)
+    def beat(self) -> None:
+        """Wake the writer: it shows that it moves, and tries again what the disk refused. Waits for nothing."""
+        if self._inbox.empty():
+            self._inbox.put(None)
 
     def wait(
         self, numbers: list[int], seconds: float, hopeless: Callable[[], bool]
@@ -824,14 +845,15 @@ class Queue:
         return future.result()
 
     def _write_all(self) -> None:
-        """The writer thread: commit all that waits, until None comes."""
-        writes: list[Write | None] = []
-        while None not in writes:
+        """The writer thread: commit all that waits, until the queue is closed."""
+        while not self._closing:
+            promise(LONGEST_TURN)
             writes = [self._inbox.get()]
             with contextlib.suppress(queue.Empty):
                 while True:
                     writes.append(self._inbox.get_nowait())
-            self._commit([write for write in writes if write])
+            if any(writes) or self._outcomes or self._broken:
+                self._commit([write for write in writes if write])
 
     def _commit(self, writes: list[Write]) -> None:
         results: list[Any] = []
@@ -988,6 +1010,7 @@ class Queue:
 
     def close(self, seconds: float = 30) -> None:
         """Write what waits, for `seconds` at most, and close: the last to close empties the write-ahead log."""
+        self._closing = True
         self._inbox.put(None)
         self.writer.join(seconds)
         if self.writer.is_alive():  # the disk hangs: all that was acknowledged is on it
@@ -1000,6 +1023,19 @@ class Queue:
 def is_malformed(error: BaseException | None) -> bool:
     """Whether SQLite says that the file is no database or damaged: these two come as DatabaseError itself."""
     return type(error) is sqlite3.DatabaseError
+
+
+def make(path: str) -> None:
+    """Make a file of the queue where it is missing. Root's belongs to the folder's owner: the service is to use it.
+
+    SQLite does the same with its -wal and -shm. Raises OSError.
+    """
+    with contextlib.suppress(FileExistsError):  # O_EXCL follows no link: the owner could have laid one for root
+        file = os.open(path, os.O_CREAT | os.O_EXCL, 0o600)
+        if os.geteuid() == 0:
+            folder = os.stat(os.path.dirname(path))
+            os.chown(file, folder.st_uid, folder.st_gid)
+        os.close(file)
 
 
 def file_size(path: str) -> int:
@@ -1621,6 +1657,7 @@ class Archiver:
 
     def _hand_out(self) -> None:
         """Hand due jobs to the workers, never more than twice their number, of the steps that are allowed now."""
+        promise(LONGEST_CALLS)  # credentials may come from another upstream
         try:
             self.s3.client()  # imports boto3, while webhooks are taken already
         except ConfigError as error:
@@ -1628,6 +1665,7 @@ class Archiver:
         except UpstreamError:
             pass  # the first job finds it again, and holds S3
         while not self.stopping.is_set():
+            promise(LONGEST_TURN)
             self.wake.clear()
             try:
                 # Alerts that were begun come first.
@@ -1643,7 +1681,6 @@ class Archiver:
                             self._jobs.put(job)
             except QueueError:
                 pass  # logged when it began
-            self.queue.catch_up()
             self.wake.wait()
 
     def _work(self) -> None:
@@ -1663,6 +1700,7 @@ class Archiver:
             finally:
                 self.threatstack.leave(job)
                 self.wake.set()
+                promise(math.inf)  # until the next job
 
     def _archive(self, job: Job) -> None:
         """Write the objects that the job lacks, one after the other."""
@@ -1691,6 +1729,7 @@ class Archiver:
 
     def _write_object(self, job: Job) -> str:
         """Get the body of the object that the job's step names, put it into S3, and return its key."""
+        promise(self.config.timeout + LONGEST_CALLS)
         object_ = OBJECTS[job.step]
         if object_.path:
             body = self.threatstack.call(job, self.threatstack.get, object_.path.format(job=job), job.id)
@@ -1770,21 +1809,52 @@ def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int
         raise ConfigError(f"{where}: {error.strerror or error}") from None
     first = min(found, key=lambda entry: entry[0] == socket.AF_INET6)  # localhost is 127.0.0.1, as elsewhere
     ip = str(first[4][0])
-    if not config.webhook_token and not ipaddress.ip_address(ip.partition("%")[0]).is_loopback:
-        raise ConfigError(f"{where}: without a [server] webhook_token only a loopback address may be listened on")
+    require_token(config, where, ip)
     return first[0], (ip, port)
 
 
-class Server(socketserver.ThreadingTCPServer):
-    """Listens, and runs a Handler in a thread of its own for each connection."""
+def require_token(config: Config, where: str, ip: str) -> None:
+    """Raises ConfigError where others than this machine reach the address, and there is no webhook_token."""
+    if not config.webhook_token and not ipaddress.ip_address(ip.partition("%")[0]).is_loopback:
+        raise ConfigError(f"{where}: without a [server] webhook_token only a loopback address may be listened on")
+
+
+def listen(config: Config) -> list[socket.socket]:
+    """The sockets to accept connections from: systemd's, or one of our own. Raises ConfigError."""
+    sockets = handed_sockets(config)
+    if not sockets:
+        family, address = listen_address(config)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+            sock.bind(address)
+            sock.listen(1024)
+        except OSError as error:
+            where = "{}: [server] listen = {}:{}".format(config.file, *config.listen)
+            raise ConfigError(f"{where}: {error.strerror or error}") from None
+        sockets = [sock]
+    for sock in sockets:
+        sock.setblocking(False)  # a client that left before `accept` must not block it
+    return sockets
+
+
+def shown_address(sock: socket.socket, scheme: str) -> str:
+    """Where a socket listens, as a URL; a Unix socket as `unix:PATH`."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return "unix:" + (name.decode(errors="replace").replace("\0", "@", 1) if isinstance(name, bytes) else name)
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"{scheme}://{host}:{name[1]}"
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
+    """Accepts connections from all its sockets, and runs a Handler in a thread of its own for each."""
 
     daemon_threads = True
     block_on_close = False  # `stop` waits, and not for ever
-    request_queue_size = 1024
-    allow_reuse_address = True
 
-    def __init__(self, config: Config, queue_: Queue, archiver: Archiver) -> None:
-        """Listen. Raises ConfigError."""
+    def __init__(self, config: Config, queue_: Queue, archiver: Archiver, sockets: list[socket.socket]) -> None:
+        super().__init__("", Handler)  # it has no one address
         self.config, self.queue, self.archiver = config, queue_, archiver
         self.stopping = False
         self.connections: set[Connection] = set()
@@ -1796,13 +1866,24 @@ class Server(socketserver.ThreadingTCPServer):
         self.room = min(config.max_connections, max(1, files - 64 - 2 * config.workers))
         if self.room < config.max_connections:
             log.warning("[server] max_connections is %d here: a process may open %d files", self.room, files)
-        self.address_family, address = listen_address(config)
-        try:
-            super().__init__(address, Handler)
-        except OSError as error:
-            where = "{}: [server] listen = {}:{}".format(config.file, *config.listen)
-            raise ConfigError(f"{where}: {error.strerror or error}") from None
-        self.socket.setblocking(False)  # a client that left before `accept` must not block it
+        self.sockets = {sock.fileno(): sock for sock in sockets}
+        self.pending = select.epoll()  # one file for socketserver to wait for, readable while any of the sockets is
+        for number in self.sockets:
+            self.pending.register(number, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        """What socketserver waits for."""
+        return self.pending.fileno()
+
+    def service_actions(self) -> None:
+        """What socketserver calls ten times a second."""
+        promise(LONGEST_TURN)
+
+    def server_close(self) -> None:
+        """Listen no longer. Connections that were not accepted are the next daemon's, where the socket is systemd's."""
+        self.pending.close()
+        for sock in self.sockets.values():
+            sock.close()
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """As socketserver's, also after a `poll` that failed: poll(2) may want for memory."""
@@ -1815,8 +1896,11 @@ class Server(socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection. Where there is no room or no file descriptor for it, the longest idle one goes."""
+        ready = self.pending.poll(0, 1)  # one of them, each in its turn
+        if not ready:
+            raise BlockingIOError("the client has left")
         try:
-            sock, client = self.socket.accept()
+            sock, client = self.sockets[ready[0][0]].accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.shed()
@@ -2152,9 +2236,65 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# systemd: the sockets that it hands over, and what it is told
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def handed_sockets(config: Config) -> list[socket.socket]:
+    """The sockets on which systemd listens for us, as sd_listen_fds(3) has it; often none. Raises ConfigError."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    sockets = []
+    for number in range(3, 3 + int(os.environ.get("LISTEN_FDS") or 0)):
+        where = f"socket {number} of systemd's"
+        try:
+            sock = socket.socket(fileno=number)
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror}") from None
+        if not listens or sock.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
+            raise ConfigError(f"{where}: does not listen for TCP or Unix connections (ListenStream=, Accept=no)")
+        if sock.family != socket.AF_UNIX:
+            require_token(config, f"{where}: {shown_address(sock, 'tcp')}", sock.getsockname()[0])
+        sock.set_inheritable(False)
+        sockets.append(sock)
+    return sockets
+
+
+def notify(text: str) -> None:
+    """Tell systemd, if it is there to be told, as sd_notify(3) has it."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(text.encode(), re.sub("^@", "\0", address))  # @: an abstract one
+
+
+def watchdog() -> float:
+    """Seconds within which systemd's watchdog wants to hear of us, as sd_watchdog_enabled(3) has it; else infinity."""
+    ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return float(os.environ.get("WATCHDOG_USEC") or "inf") / 1e6 if ours else math.inf
+
+
+def tell_systemd(queue_: Queue, archiver: Archiver) -> None:
+    """Feed the watchdog while every thread moves, and say what is queued and what stands in its way."""
+    late = sorted(name for name, moment in MOVES_BY.items() if moment < time.monotonic())
+    if late:
+        log.error("threads that do not move: %s", ", ".join(late))
+    try:
+        queued, failed, _ = queue_.counts()
+        status = f"{queued} queued, {failed} failed"
+    except QueueError as error:
+        status = printable(redact(str(error)))
+    for hold in (archiver.s3.hold, archiver.threatstack.hold):
+        status += f"; {hold.error}" if hold else ""
+    notify(f"STATUS={status}" + ("" if late else "\nWATCHDOG=1"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 STOP_WITHIN = 7.0  # seconds from SIGTERM for what is at work; systemd and init scripts kill after 10 at the earliest
 
 
@@ -2171,42 +2311,30 @@ def serve(config: Config) -> int:
     """The daemon: listen, queue, archive, until SIGTERM or SIGINT."""
     if config.workers:
         require_upstreams(config)
-    # Blocked, and looked for: a handler could run at any moment, with any lock held, and CPython's sigtimedwait
-    # takes an interruption after its time-out, such as SIGCONT, for one of the signals.
-    stop_signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # `supervise` looks for them
     threading.excepthook = lambda args: log.error("thread ended: %s", describe(args.exc_value or SystemExit()))
     os.umask(0o077)  # the queue holds what customers' alerts say
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     queue_ = Queue(config.path, config.max_size, create=True)
     archiver = Archiver(config, queue_)
-    server = Server(config, queue_, archiver)
+    sockets = listen(config)
+    server = Server(config, queue_, archiver, sockets)
     acceptor = threading.Thread(target=server.serve_forever, name="acceptor", daemon=True)
     acceptor.start()
-    host, port = str(server.server_address[0]), server.server_address[1]
     target = f"archiving to s3://{config.bucket}/{config.prefix}" if config.workers else "only receiving"
-    scheme = "https" if config.tls else "http"
-    shown = f"[{host}]" if ":" in host else host
-    log.info("ts3d %s listens on %s://%s:%d, queue %s, %s", VERSION, scheme, shown, port, config.path, target)
+    shown = ", ".join(shown_address(sock, "https" if config.tls else "http") for sock in sockets)
+    log.info("ts3d %s listens on %s, queue %s, %s", VERSION, shown, config.path, target)
+    if not config.webhook_token:
+        log.warning("[server] webhook_token is not set: whoever can connect can post alerts")
+    notify("READY=1")  # before boto3 is imported, which takes longer than all the rest
     archiver.start()
-    problem: Exception | None = None
-    while not (problem or stop_signals & signal.sigpending()):
-        nap(0.25)
-        # What sleeps looks again now and then. This is the one timer: before Python 3.11 a wait for a lock with a
-        # time-out of its own goes by the wall clock, and one that is set back would make it wait for as long.
-        archiver.wake.set()
-        queue_.stir()
-        if damage := queue_.damage():
-            problem = QueueError(f"the queue is malformed ({damage}): the next start moves it aside")
-        elif not all(thread.is_alive() for thread in (acceptor, queue_.writer, *archiver.threads)):
-            problem = RuntimeError("a thread has ended")
-        else:
-            problem = archiver.fatal
+    problem = supervise(queue_, archiver, [acceptor, queue_.writer, *archiver.threads])
     deadline = time.monotonic() + STOP_WITHIN
     server.stopping = True  # answers close their connections
     archiver.stopping.set()  # answers wait for S3 no longer
     queue_.stir()
+    notify("STOPPING=1\nSTATUS=stopping")
     log.info("stopping")
     server.stop(deadline)
     archiver.stop(deadline)
@@ -2218,6 +2346,30 @@ def serve(config: Config) -> int:
         return 1
     log.info("stopped")
     return 0
+
+
+def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]) -> Exception | None:
+    """Look after the other threads until a signal (None) or something that it returns ends the daemon."""
+    next_word, pause = 0.0, min(2.0, watchdog() / 4)
+    # The signals are blocked, and looked for: a handler could run at any moment, with any lock held, and CPython's
+    # sigtimedwait takes an interruption after its time-out, such as SIGCONT, for one of them.
+    while not STOP_SIGNALS & signal.sigpending():
+        nap(0.25)
+        # What sleeps looks again now and then. This is the one timer: before Python 3.11 a wait for a lock with a
+        # time-out of its own goes by the wall clock, and one that is set back would make it wait for as long.
+        archiver.wake.set()
+        queue_.stir()
+        queue_.beat()
+        if time.monotonic() >= next_word:
+            next_word = time.monotonic() + pause
+            tell_systemd(queue_, archiver)
+        if damage := queue_.damage():
+            return QueueError(f"the queue is malformed ({damage}): the next start moves it aside")
+        if not all(thread.is_alive() for thread in threads):
+            return RuntimeError("a thread has ended")
+        if archiver.fatal:
+            return archiver.fatal
+    return None
 
 
 def check(path: str) -> int:
@@ -2260,6 +2412,13 @@ def check_queue(config: Config) -> str:
     return f"{config.path}: {queued} queued, {failed} failed"
 
 
+def complain(text: str) -> None:
+    """Say in one line, to whoever started this and to `systemctl status`, why it ends."""
+    line = printable(redact(text))
+    notify(f"STATUS={line}")
+    print(f"{'<3>' if in_journal() else ''}ts3d: {line}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the arguments name; its exit code."""
     parser = argparse.ArgumentParser(prog="ts3d", description="Archives Threat Stack's alerts in AWS S3.")
@@ -2279,15 +2438,15 @@ def main(arguments: list[str] | None = None) -> int:
         start_log(config.level)
         return serve(config)
     except ConfigError as error:
-        print(f"ts3d: {printable(redact(str(error)))}", file=sys.stderr)
+        complain(str(error))
         return 78  # EX_CONFIG of sysexits.h
     except KeyboardInterrupt:
         return 130
-    except RuntimeError as error:  # no thread can be started
-        print(f"ts3d: {error}", file=sys.stderr)
+    except (RuntimeError, OSError) as error:  # no thread can be started, no file opened
+        complain(str(error))
         return 1
     except Exception as error:  # a bug: one line for the user, who can do nothing with a traceback
-        print(f"ts3d: internal error: {printable(redact(describe(error)))}", file=sys.stderr)
+        complain(f"internal error: {describe(error)}")
         return 1
 
 

@@ -103,6 +103,19 @@ class Rclone:
         top.mkdir()
 
 
+# sd_listen_fds(3): from 3 on, in the process that LISTEN_PID names, which is the one that calls exec.
+HAND_OVER = """
+import fcntl, os, sys
+end = sys.argv.index("--")
+copies = [fcntl.fcntl(int(file), fcntl.F_DUPFD, 100) for file in sys.argv[1:end]]
+for number, copy in enumerate(copies, 3):
+    os.dup2(copy, number)
+    os.close(copy)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(copies)))
+os.execv(sys.argv[end + 1], sys.argv[end + 1:])
+"""
+
+
 class Daemon:
     """ts3d.py serve with a configuration of its own."""
 
@@ -113,6 +126,7 @@ class Daemon:
         self.queue = folder / "queue.db"
         self.log_file = folder / "log"
         self.environment = environment()
+        self.handed = ()  # listening sockets, for `hand_over`
         self.address = ("127.0.0.1", 0)
         self.options = {
             ("server", "listen"): "127.0.0.1:0",
@@ -137,6 +151,14 @@ class Daemon:
     def command(self, *arguments):
         return [sys.executable, str(TS3D), *arguments, "-c", str(self.config)]
 
+    def popen(self, stderr):
+        """Start `serve`, with the sockets that are handed over, as systemd does it."""
+        files = [str(sock.fileno()) for sock in self.handed]
+        launch = [sys.executable, "-c", HAND_OVER, *files, "--"] if files else []
+        return subprocess.Popen(
+            [*launch, *self.command("serve")], stderr=stderr, env=self.environment, pass_fds=map(int, files)
+        )
+
     def run(self, *arguments, timeout=30):
         return subprocess.run(
             self.command(*arguments), env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -145,12 +167,12 @@ class Daemon:
     def start(self):
         begin = self.log_file.stat().st_size if self.log_file.exists() else 0
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(self.command("serve"), stderr=log, env=self.environment)
+            self.process = self.popen(log)
         line = until(
-            lambda: self.process.poll() is not None or self.logged(r"listens on \S+:(\d+)", begin), 20, "start"
+            lambda: self.process.poll() is not None or self.logged(r"listens on (?:http\S*:(\d+))?", begin), 20, "start"
         )
         assert line is not True, f"ts3d ended with {self.process.returncode}: {self.log()}"
-        self.address = ("127.0.0.1", int(line[1]))
+        self.address = ("127.0.0.1", int(line[1] or 0))
         return self
 
     def log(self, begin=0):

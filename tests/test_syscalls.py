@@ -50,6 +50,7 @@ SCENES = {
         "accept4": "EMFILE ECONNABORTED",
         "clone3/clone": "EAGAIN",
         "connect": "ETIMEDOUT ECONNRESET",
+        "epoll_wait": "",
         "fcntl": "EIO",  # an unlock that fails costs ten seconds
         "getrandom": "",  # does not fail
         "getsockname": "ENOBUFS",
@@ -70,7 +71,14 @@ SCENES = {
     # The first start, and one that finds alerts: only calls that have to do with the queue's files are counted.
     "create": START,
     "open": START,
-    "listen": {"bind": "EADDRINUSE", "clone3/clone": "EAGAIN", "listen": "EADDRINUSE", "socket": "EMFILE"},
+    "listen": {
+        "bind": "EADDRINUSE",
+        "clone3/clone": "EAGAIN",
+        "epoll_create1": "EMFILE",
+        "epoll_ctl": "ENOMEM",
+        "listen": "EADDRINUSE",
+        "socket": "EMFILE",
+    },
     # A thread imports boto3 after the start: too many calls for a sweep.
     "import": {"getdents64": "EIO", "openat": "EIO EMFILE", "read": "EIO"},
     # SIGTERM, with alerts in the queue.

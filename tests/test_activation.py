@@ -1,0 +1,369 @@
+"""What ts3d does for systemd: sockets that are handed over, what it tells, secrets and files that others share."""
+
+import contextlib
+import json
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import AWS, BUCKET, TOKEN, alert, until
+
+import ts3d
+
+
+@pytest.fixture
+def listener(tmp_path):
+    """Makes listening sockets, as systemd does: `HOST:0`, `[HOST]:0` or a path."""
+    sockets = []
+
+    def listen(where):
+        if where.startswith("/"):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(where)
+        else:
+            host, _, port = where.rpartition(":")
+            sock = socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET)
+            sock.bind((host.strip("[]"), int(port)))
+        sock.listen(100)
+        sockets.append(sock)
+        return sock
+
+    yield listen
+    for sock in sockets:
+        sock.close()
+
+
+@pytest.fixture(params=["path", "abstract"])
+def told(request, tmp_path, new_daemon):
+    """A daemon that is not started, and the messages that it sends to systemd, as a list that grows."""
+    name = str(tmp_path / "notify") if request.param == "path" else f"\0{tmp_path}/notify"
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(name)
+    messages = []
+
+    def receive():
+        while message := sock.recv(65536):
+            messages.append(message.decode())
+
+    thread = threading.Thread(target=receive, daemon=True)
+    thread.start()
+    daemon = new_daemon(start=False)
+    daemon.environment["NOTIFY_SOCKET"] = name.replace("\0", "@")
+    yield daemon, messages
+    socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"", name)
+    thread.join()
+    sock.close()
+
+
+def post(address, number):
+    """Post an alert to a socket's address; the answer."""
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as sock:
+        sock.settimeout(30)
+        sock.connect(address)
+        send(sock, number)
+        return receive(sock)
+
+
+def send(sock, number):
+    body = json.dumps({"alerts": [alert(number)]}).encode()
+    head = (
+        f"POST /api/v1/s3/alert?token={TOKEN} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}"
+    )
+    sock.sendall(head.encode() + b"\r\n\r\n" + body)
+
+
+def receive(sock):
+    answer = b""
+    while piece := sock.recv(65536):
+        answer += piece
+    return json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+# Sockets --------------------------------------------------------------------------------------------------------------
+
+
+def test_several_sockets_of_each_kind(new_daemon, listener, tmp_path, s3):
+    places = ["127.0.0.1:0", "127.0.0.1:0", str(tmp_path / "sock")]
+    daemon = new_daemon(start=False)
+    daemon.handed = [listener(place) for place in places]
+    daemon.start()
+    for i, sock in enumerate(daemon.handed):
+        assert post(sock.getsockname(), i)["alerts"][0]["state"] == "archived"
+    ports = [sock.getsockname()[1] for sock in daemon.handed[:2]]
+    assert daemon.logged(f"listens on http://127.0.0.1:{ports[0]}, http://127.0.0.1:{ports[1]}, unix:{places[2]}, ")
+    assert daemon.logged("client=local")
+    assert len(s3.objects()) == 6
+    assert daemon.stop() == 0
+    assert os.path.exists(places[2])  # it is systemd's
+
+
+def test_ipv6_and_an_abstract_socket(new_daemon, listener, tmp_path):
+    abstract = socket.socket(socket.AF_UNIX)
+    abstract.bind(f"\0{tmp_path}")
+    abstract.listen()
+    daemon = new_daemon(start=False)
+    with contextlib.closing(abstract):
+        daemon.handed = [abstract, listener("[::1]:0")]
+        daemon.start()
+        assert daemon.logged(rf"listens on unix:@{tmp_path}, http://\[::1\]:[0-9]+, ")
+        assert post(f"\0{tmp_path}", 1)["success"]
+
+
+def test_what_waits_while_no_daemon_runs_is_answered_by_the_next(new_daemon, listener):
+    daemon = new_daemon(start=False)
+    daemon.handed = [listener("127.0.0.1:0")]
+    for number in range(3):
+        with socket.create_connection(daemon.handed[0].getsockname()) as client:
+            send(client, number)
+            daemon.start()
+            assert receive(client)["success"]
+        assert daemon.stop() == 0
+
+
+def test_a_restart_under_load_refuses_and_resets_nothing(new_daemon, listener, s3):
+    daemon = new_daemon(start=False, server__wait="0")
+    daemon.handed = [listener("127.0.0.1:0")]
+    daemon.start()
+    done, answers, errors = threading.Event(), [], []
+
+    def client(number):
+        while not done.is_set():
+            try:
+                answers.append(post(daemon.handed[0].getsockname(), number))
+            except (OSError, ValueError) as error:
+                errors.append(error)
+            number += 10
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2):
+        count = len(answers)
+        until(lambda count=count: len(answers) > count + 50)
+        assert daemon.stop() == 0
+        daemon.start()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    ids = {answer["alerts"][0]["id"] for answer in answers}
+    until(lambda: len(s3.objects("alerts")) == len(ids), 60, "archive")
+
+
+@pytest.mark.parametrize("where", ["0.0.0.0:0", "[::]:0"])
+def test_a_handed_socket_that_others_reach_wants_a_token(new_daemon, listener, where):
+    daemon = new_daemon(start=False, server__webhook_token=None)
+    daemon.handed = [listener("127.0.0.1:0"), listener(where)]
+    process = daemon.popen(subprocess.PIPE)
+    assert process.wait(20) == 78
+    line = process.stderr.read().decode()
+    assert re.search(r"^ts3d: socket 4 of systemd's: tcp://\S+:[0-9]+: without a \[server\] webhook_token", line), line
+    daemon.set(server__webhook_token=TOKEN)
+    assert daemon.start().stop() == 0
+
+
+def test_a_unix_socket_needs_no_token(new_daemon, listener, tmp_path):
+    daemon = new_daemon(start=False, server__webhook_token=None)
+    daemon.handed = [listener(str(tmp_path / "sock"))]
+    daemon.start()
+    assert post(str(tmp_path / "sock"), 1)["success"]
+    assert daemon.logged("WARNING .*webhook_token is not set: whoever can connect")
+
+
+@pytest.mark.parametrize("what", ["file", "datagrams", "connection"])
+def test_what_is_no_listening_socket_is_refused(new_daemon, tmp_path, what):
+    pair = socket.socketpair()
+    handed = {"datagrams": socket.socket(socket.AF_INET, socket.SOCK_DGRAM), "connection": pair[0]}
+    daemon = new_daemon(start=False)
+    with open(tmp_path / "file", "w") as file:
+        daemon.handed = [handed.get(what, file)]
+        process = daemon.popen(subprocess.PIPE)
+        assert process.wait(20) == 78
+    for sock in (*pair, handed["datagrams"]):
+        sock.close()
+    line = process.stderr.read().decode()
+    assert re.fullmatch("ts3d: socket 3 of systemd's: .*(on non-socket|does not listen).*\n", line, re.IGNORECASE), line
+
+
+def test_sockets_of_another_process_are_left_alone(new_daemon):
+    daemon = new_daemon(start=False)
+    daemon.environment.update(LISTEN_PID="1", LISTEN_FDS="1")
+    assert daemon.start().health()["success"]
+
+
+# What systemd is told -------------------------------------------------------------------------------------------------
+
+
+def test_from_ready_to_stopping(told, s3):
+    daemon, messages = told
+    daemon.environment.update(WATCHDOG_USEC="2000000")
+    daemon.start()
+    assert until(lambda: messages)[0] == "READY=1"
+    until(lambda: "STATUS=0 queued, 0 failed\nWATCHDOG=1" in messages)
+    s3.stop()
+    daemon.set(server__wait="0")
+    daemon.post({"alerts": [alert(1), alert(2)]})
+    until(lambda: re.search(r"STATUS=2 queued, 0 failed; S3\b.*\nWATCHDOG=1$", messages[-1]))  # it is fed all the same
+    daemon.process.terminate()
+    until(lambda: messages[-1] == "STOPPING=1\nSTATUS=stopping")
+
+
+@pytest.mark.parametrize("environment", [{}, {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}])
+def test_no_watchdog_of_ours(told, environment):
+    daemon, messages = told
+    daemon.environment.update(environment)
+    daemon.start()
+    until(lambda: len(messages) > 2)
+    assert daemon.stop() == 0
+    assert messages[0] == "READY=1"
+
+
+def test_ready_comes_before_boto3(told, tmp_path):
+    daemon, messages = told
+    (tmp_path / "boto3.py").write_text(
+        "import os, socket\n"
+        "name = os.environ['NOTIFY_SOCKET'].replace('@', '\\0')\n"
+        "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'boto3', name)\n"
+        "raise ImportError('none here')\n"
+    )
+    daemon.environment["PYTHONPATH"] = str(tmp_path)
+    process = daemon.popen(subprocess.DEVNULL)
+    assert process.wait(20) == 78
+    assert until(lambda: len(messages) > 3 and messages)[0] == "READY=1"
+    assert messages.index("boto3") > 0
+    assert messages[-1] == "STATUS=boto3 cannot be imported: none here"
+
+
+def test_a_wrong_configuration_is_the_status(told):
+    daemon, messages = told
+    daemon.set(s3__buket="x")
+    process = daemon.popen(subprocess.PIPE)
+    assert process.wait(20) == 78
+    line = process.stderr.read().decode()
+    assert line == f"ts3d: {daemon.config}: [s3] unknown option buket (did you mean bucket?)\n"
+    assert until(lambda: messages) == [f"STATUS={line[6:-1]}"]
+
+
+def test_the_journal_is_told_how_bad_it_is(new_daemon):
+    daemon = new_daemon(start=False, s3__buket="x")
+    with open(daemon.log_file, "w") as log:
+        stat = os.fstat(log.fileno())
+        daemon.environment["JOURNAL_STREAM"] = f"{stat.st_dev}:{stat.st_ino}"
+        daemon.popen(log).wait(20)
+    assert daemon.log().startswith("<3>ts3d: /")
+
+
+def test_a_thread_that_does_not_move_starves_the_watchdog(told):
+    daemon, messages = told
+    if "@" in daemon.environment["NOTIFY_SOCKET"]:
+        pytest.skip("once is enough")
+    if not shutil.which("strace"):
+        pytest.skip("no strace")
+    daemon.environment["WATCHDOG_USEC"] = "1000000"
+    daemon.set(server__wait="0")
+    daemon.start()
+    until(lambda: "WATCHDOG=1" in messages[-1])
+    # A disk that hangs, for so many microseconds.
+    command = ["strace", "-f", "-o", os.devnull, "-e", "inject=fdatasync:delay_enter=600000000"]
+    with (
+        subprocess.Popen([*command, "-p", str(daemon.process.pid)], stderr=subprocess.PIPE) as strace,
+        socket.create_connection(daemon.address) as client,
+    ):
+        try:
+            if b"attached" not in (line := strace.stderr.readline()):
+                pytest.skip(f"strace cannot attach: {line.decode()}")
+            send(client, 1)
+            until(lambda: daemon.logged("ERROR threads that do not move: queue"), 60)
+            until(lambda: "WATCHDOG=1" not in messages[-1])
+        finally:
+            strace.kill()  # it would wait for the delay
+    until(lambda: "WATCHDOG=1" in messages[-1])
+
+
+def test_every_thread_says_that_it_moves(monkeypatch, tmp_path):
+    monkeypatch.setattr(ts3d, "MOVES_BY", {})
+    (tmp_path / "ts3d.conf").write_text(f"[s3]\nbucket = {BUCKET}\nendpoint_url = http://127.0.0.1:9\n")
+    config = ts3d.load_config(str(tmp_path / "ts3d.conf"))
+    queue_ = ts3d.Queue(config.path, config.max_size, create=True)
+    archiver = ts3d.Archiver(config, queue_)
+    server = ts3d.Server(config, queue_, archiver, [socket.create_server(("127.0.0.1", 0))])
+    threading.Thread(target=server.serve_forever, name="acceptor", daemon=True).start()
+    archiver.start()
+    queue_.put([ts3d.Arrival("some-alert", "2026/11/24/00/00", "webhooks", b"{}")])
+    archiver.wake.set()
+    until(lambda: {"acceptor", "queue", "archiver", "worker-1"} <= ts3d.MOVES_BY.keys())
+    for name, seconds in (("acceptor", 1), ("queue", 1), ("archiver", 600)):
+        before = ts3d.MOVES_BY[name]
+        assert before < time.monotonic() + ts3d.LONGEST_CALLS + seconds
+        queue_.beat()
+        archiver.wake.set()
+        until(lambda name=name, before=before: ts3d.MOVES_BY[name] != before, what=name)
+    server.stop(time.monotonic() + 5)
+    archiver.stop(time.monotonic() + 30)
+    queue_.close()
+
+
+# What is shared with commands that are run by hand --------------------------------------------------------------------
+
+
+def test_aws_credentials_lie_with_the_secrets(new_daemon, s3):
+    daemon = new_daemon(start=False, archive__workers="1")
+    for name in [name for name in daemon.environment if name.startswith("AWS_") and "KEY" in name]:
+        del daemon.environment[name]
+    (daemon.folder / "secrets").mkdir()
+    file = daemon.folder / "secrets" / "aws_credentials"
+    file.write_text("")
+    assert "FAIL  s3            S3 (are the credentials right" in daemon.run("check").stdout
+    file.write_text(
+        f"[default]\naws_access_key_id = {AWS['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {AWS['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    assert daemon.run("check").returncode == 0
+    credentials = daemon.folder / "credentials"
+    shutil.move(daemon.folder / "secrets", credentials)
+    daemon.environment["CREDENTIALS_DIRECTORY"] = str(credentials)
+    assert daemon.start().post({"alerts": [alert(1)]})[1]["alerts"][0]["state"] == "archived"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root")
+def test_what_root_makes_belongs_to_the_folders_owner(new_daemon):
+    daemon = new_daemon(start=False)
+    nobody = pwd.getpwnam("nobody")
+    folder = daemon.folder / "state"
+    folder.mkdir()
+    os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+    daemon.set(queue__path=folder / "queue.db")
+    daemon.start().post({"alerts": [alert(1)]})
+    daemon.kill()
+    assert daemon.run("check").returncode == 0
+    files = {path.name: path.stat() for path in folder.iterdir()}
+    assert files.keys() >= {"queue.db", "queue.db.lock"}
+    assert {(stat.st_uid, stat.st_mode & 0o777) for stat in files.values()} == {(nobody.pw_uid, 0o600)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root")
+def test_root_follows_no_link_that_the_owner_has_laid(new_daemon, tmp_path):
+    daemon = new_daemon(start=False)
+    folder, shadow = daemon.folder / "state", tmp_path / "shadow"
+    shadow.write_text("")
+    folder.mkdir()
+    os.chown(folder, pwd.getpwnam("nobody").pw_uid, -1)
+    (folder / "queue.db.lock").symlink_to(shadow)
+    daemon.set(queue__path=folder / "queue.db")
+    daemon.start().stop()
+    assert shadow.stat().st_uid == 0
+
+
+def test_the_program_runs_isolated(new_daemon):
+    daemon = new_daemon(start=False)
+    process = subprocess.run(
+        [sys.executable, "-I", *daemon.command("check")[1:]], env=daemon.environment, capture_output=True, check=False
+    )
+    assert process.returncode == 0
