@@ -846,7 +846,7 @@ class Queue:
 
     def _write_all(self) -> None:
         """The writer thread: commit all that waits, until the queue is closed."""
-        while not self._closing:
+        while not (self._closing and self._inbox.empty()):
             promise(LONGEST_TURN)
             writes = [self._inbox.get()]
             with contextlib.suppress(queue.Empty):

@@ -59,6 +59,13 @@ def environment(**more):
     return {**kept, **AWS, **{name: str(value) for name, value in more.items()}}
 
 
+def readme(section, language):
+    """The first block of this language (`""`: of none) in a section of the README."""
+    text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return next(block for kind, block in blocks if kind == language)
+
+
 class Rclone:
     """`rclone serve s3`: a real S3 server, signature checks included, on a folder."""
 
@@ -72,10 +79,22 @@ class Rclone:
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
+    @staticmethod
+    def binary():
+        return shutil.which("rclone", path=str(Path(sys.executable).parent)) or "rclone"
+
     def start(self):
-        rclone = shutil.which("rclone", path=str(Path(sys.executable).parent)) or "rclone"
         key = f"{AWS['AWS_ACCESS_KEY_ID']},{AWS['AWS_SECRET_ACCESS_KEY']}"
-        command = [rclone, "serve", "s3", "--auth-key", key, "--addr", f"127.0.0.1:{self.port}", str(self.folder)]
+        command = [
+            self.binary(),
+            "serve",
+            "s3",
+            "--auth-key",
+            key,
+            "--addr",
+            f"127.0.0.1:{self.port}",
+            str(self.folder),
+        ]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment(RCLONE_CONFIG=os.devnull))
         until(lambda: listening(self.port), what="rclone")
 
@@ -283,6 +302,33 @@ def new_daemon(tmp_path, s3, api):
 @pytest.fixture
 def daemon(new_daemon):
     return new_daemon()
+
+
+@pytest.fixture(scope="module")
+def machine(request, tmp_path_factory):
+    """A Debian of the test file's RELEASE, on which ts3d is installed as the README says."""
+    from machine import Machine  # which imports this file
+
+    if os.geteuid() != 0:
+        pytest.skip("a booted systemd needs root")
+    for program in ("systemd-nspawn", "debootstrap"):
+        if not shutil.which(program):
+            pytest.skip(f"no {program}")
+    machine = Machine(request.module.RELEASE, tmp_path_factory.mktemp("machine"))
+    try:
+        machine.boot()
+        machine.install(**getattr(request.module, "SETTINGS", {}))
+        yield machine
+    finally:
+        machine.stop()
+
+
+@pytest.fixture
+def silent(machine):
+    """That no secret, and no traceback, is in the journal."""
+    yield
+    journal = machine.run("journalctl --no-pager --output=cat").stdout
+    assert not [secret for secret in (*machine.secrets(), "Traceback") if secret in journal]
 
 
 @pytest.fixture

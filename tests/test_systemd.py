@@ -1,0 +1,215 @@
+"""ts3d as administrators meet it: installed as the README says on a Debian of its own, under a booted systemd.
+
+The tests share one machine, and go on from what those before them left.
+"""
+
+import json
+import re
+
+import pytest
+from conftest import alert, keys_of, until
+
+pytestmark = [pytest.mark.systemd, pytest.mark.usefixtures("silent")]
+RELEASE = "bookworm"
+UNITS = "ts3d.socket ts3d.service ts3d-backfill.service ts3d-backfill.timer"
+# What an installation is: owner, mode, size, time, path and link of each file, and the contents.
+SNAPSHOT = """
+find /etc/ts3d /etc/systemd/system /usr/local/bin /usr/local/lib /var/lib/private -printf '%U %m %s %T@ %p %l\\n' | sort
+find /etc/ts3d /etc/systemd/system /usr/local/lib -type f -exec cksum {} + | sort
+"""
+
+
+def restarts(machine):
+    """How often systemd has restarted the service by itself."""
+    return int(machine.show("ts3d.service", "NRestarts"))
+
+
+def active(machine):
+    return machine.show("ts3d.service", "ActiveState")
+
+
+def test_the_first_connection_starts_it_and_its_alert_arrives(machine):
+    assert active(machine) == "inactive"
+    assert machine.run("systemctl is-enabled ts3d.socket ts3d.service").stdout.split() == ["enabled", "enabled"]
+    machine.post(1)
+    until(lambda: set(keys_of(alert(1)["id"], "2017/01/17/13/52")) <= machine.objects())
+    assert active(machine) == "active"
+    until(lambda: machine.show("ts3d.service", "StatusText") == "0 queued, 0 failed")
+    log = machine.run("journalctl --no-pager --output=json -u ts3d.service").stdout
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert [line["PRIORITY"] for line in lines if "archived id=alert-000001" in line["MESSAGE"]] == ["6"]
+
+
+def test_systemd_finds_nothing_to_say_of_the_units(machine):
+    result = machine.run(f"systemd-analyze verify {UNITS}")
+    assert result.stdout + result.stderr == ""
+
+
+@pytest.mark.parametrize("unit", ["ts3d.service", "ts3d-backfill.service"])
+def test_the_sandbox(machine, unit):
+    verdict = machine.run(f"systemd-analyze --no-pager security {unit}").stdout
+    assert float(re.search(r"Overall exposure level for \S+: ([0-9.]+)", verdict)[1]) <= 1.2, verdict
+
+
+def test_both_services_have_the_same_sandbox_and_secrets(machine):
+    units = [machine.path(f"/etc/systemd/system/{name}.service").read_text() for name in ("ts3d", "ts3d-backfill")]
+    lines = [[line for line in unit.partition("DynamicUser")[2].splitlines() if "=" in line] for unit in units]
+    assert [line for line in lines[0] if line[0] != "#" and line != "WantedBy=multi-user.target"] == lines[1]
+
+
+def test_another_user_reads_neither_secrets_nor_queue(machine):
+    pid = machine.show("ts3d.service", "MainPID")
+    files = machine.run("ls /etc/ts3d/secrets/* /var/lib/private/ts3d/* /run/credentials/ts3d.service/*").stdout.split()
+    assert len(files) > 12
+    for file in (*files, f"/proc/{pid}/environ", f"/proc/{pid}/mem"):
+        assert machine.run(f"runuser -u nobody -- cat {file} >/dev/null", check=False).returncode, file
+    said = machine.run(f"cat /proc/{pid}/environ /proc/{pid}/cmdline; ls -l /proc/{pid}/fd").stdout
+    said += machine.run(f"runuser -u nobody -- systemctl show {UNITS}; runuser -u nobody -- ps -ef || :").stdout
+    assert not [secret for secret in machine.secrets() if secret in said]
+
+
+def test_restarts_and_a_kill_under_load_refuse_nothing_and_lose_nothing(machine):
+    before, url = restarts(machine), f"http://127.0.0.1:8080/api/v1/s3/alert?token={machine.token}"
+    machine.start("sender", f"python3 /root/ts3d/tests/sender.py '{url}' load /root/sent")
+
+    def sent():
+        return [json.loads(line) for line in machine.path("/root/sent").read_text().splitlines(keepends=False)[:-1]]
+
+    def more():
+        count = len(machine.path("/root/sent").read_text().splitlines())
+        until(lambda: len(machine.path("/root/sent").read_text().splitlines()) > count + 50, 60, "more alerts")
+
+    until(lambda: machine.path("/root/sent").exists())
+    more()
+    for _ in range(2):
+        machine.run("systemctl restart ts3d.service")
+        more()
+    assert {error for _, error in sent()} == {None}
+    machine.run("systemctl kill --signal=KILL ts3d.service")
+    until(lambda: restarts(machine) == before + 1)
+    more()
+    machine.run("systemctl stop sender")
+    assert not [error for _, error in sent() if error and "refused" in error.lower()]
+    acknowledged = {id_ for id_, error in sent() if not error}
+    assert len(acknowledged) > 200
+    until(lambda: machine.show("ts3d.service", "StatusText") == "0 queued, 0 failed", 60, "empty queue")
+    assert {f"alerts/lo/ad/{id_}" for id_ in acknowledged} <= machine.objects()
+    assert restarts(machine) == before + 1
+
+
+def test_a_frozen_daemon_is_restarted(machine):
+    before = restarts(machine)
+    machine.run("systemctl kill --signal=STOP ts3d.service")
+    until(lambda: restarts(machine) == before + 1, 60, "restart")
+    machine.archive(2)
+    assert "Failed with result 'watchdog'" in machine.run("journalctl --no-pager -u ts3d.service").stdout
+
+
+def test_a_full_disk_is_no_reason_for_a_restart(machine):
+    machine.run("""
+        systemctl stop ts3d.socket
+        mkdir -p /run/systemd/system/ts3d.service.d
+        printf '[Service]\\nWatchdogSec=2\\n' >/run/systemd/system/ts3d.service.d/watchdog.conf
+        systemctl daemon-reload
+        mount -t tmpfs -o size=30M,mode=700 tmpfs /var/lib/private/ts3d
+        systemctl start ts3d.socket
+    """)
+    machine.archive(3)
+    pid = machine.show("ts3d.service", "MainPID")
+    machine.run("dd if=/dev/zero of=/var/lib/private/ts3d/filler bs=1M || :")
+
+    def fed():
+        return int(machine.show("ts3d.service", "WatchdogTimestampMonotonic"))
+
+    begin = fed()
+    until(lambda: fed() > begin + 5_000_000, 60, "watchdog that was fed for more than two of its periods")
+    assert "less than 16M free" in machine.run("curl -sS http://127.0.0.1:8080/healthz").stdout
+    assert machine.show("ts3d.service", "MainPID") == pid
+    machine.run("rm /var/lib/private/ts3d/filler")
+    machine.archive(4)
+    assert machine.show("ts3d.service", "MainPID") == pid
+    machine.run("""
+        systemctl stop ts3d.socket
+        umount /var/lib/private/ts3d
+        rm -r /run/systemd/system/ts3d.service.d
+        systemctl daemon-reload
+        systemctl start ts3d.socket
+    """)
+    machine.archive(5)
+
+
+def test_a_wrong_configuration_keeps_the_socket_and_says_why(machine):
+    machine.run("sed -i 's/^bucket =/buket =/' /etc/ts3d/ts3d.conf")
+    assert machine.run("systemctl restart ts3d.service", check=False).returncode
+    body = json.dumps({"alerts": [alert(6)]})
+    url = f"http://127.0.0.1:8080/api/v1/s3/alert?token={machine.token}"
+    sender = machine.popen(f"curl -sS -m 100 -d '{body}' '{url}'")
+    reason = "/etc/ts3d/ts3d.conf: [s3] unknown option buket (did you mean bucket?)"
+    before = restarts(machine)
+    until(lambda: restarts(machine) >= before + 2, 60, "second try")
+    assert machine.show("ts3d.socket", "ActiveState") == "active"
+    status = until(lambda: reason in (said := machine.run("systemctl status ts3d", check=False).stdout) and said)
+    assert any(reason in line for line in status.splitlines())
+    machine.run("sed -i 's/^buket =/bucket =/' /etc/ts3d/ts3d.conf")
+    out, err = sender.communicate(timeout=60)
+    assert json.loads(out)["success"], err
+    until(lambda: machine.archived(6))
+
+
+def test_a_secret_that_is_missing_is_unset_but_for_the_token(machine):
+    machine.run("cd /etc/ts3d/secrets; rm metrics_token user_id; mv webhook_token kept")
+    assert machine.run("systemctl restart ts3d.service", check=False).returncode
+    machine.run("cd /etc/ts3d/secrets; mv kept webhook_token")
+    machine.archive(7)
+    machine.run("cd /root/ts3d; sh systemd/install; systemctl restart ts3d.service; ls /etc/ts3d/secrets/user_id")
+
+
+def test_commands_by_hand_leave_nothing_that_the_service_cannot_read(machine):
+    machine.run("systemctl stop ts3d.socket; rm /var/lib/ts3d/queue.db*")
+    assert machine.run("ts3d check").stdout.count("ok ") == 4
+    daemon = machine.popen("echo $$ >/root/pid; exec ts3d serve")
+    until(lambda: "success" in machine.run("curl -s http://127.0.0.1:8080/healthz", check=False).stdout)
+    machine.archive(8)
+    assert machine.run("ts3d check").stdout.count("ok ") == 4
+    machine.run("kill -KILL $(cat /root/pid)")
+    daemon.wait(10)
+    machine.run("systemctl start ts3d.socket")
+    machine.archive(9)
+    machine.run("systemctl stop ts3d.service; ts3d check; systemctl start ts3d.service")
+    machine.archive(10)
+
+
+def test_install_again_changes_nothing(machine):
+    machine.run("systemctl stop ts3d.service; systemctl start ts3d.service")
+    pid, before = machine.show("ts3d.service", "MainPID"), machine.run(SNAPSHOT).stdout
+    result = machine.run("cd /root/ts3d; sh systemd/install")
+    assert result.stderr == ""
+    assert machine.run(SNAPSHOT).stdout == before
+    assert machine.show("ts3d.service", "MainPID") == pid
+    assert not [secret for secret in machine.secrets() if secret in result.stdout]
+
+
+def test_an_upgrade_restarts_the_daemon_and_keeps_what_is_the_administrators(machine):
+    pid, mine = machine.show("ts3d.service", "MainPID"), "cksum /etc/ts3d/ts3d.conf /etc/ts3d/secrets/*"
+    before = machine.run(mine).stdout
+    machine.run("""cd /root/ts3d; sed -i 's/^VERSION = .*/VERSION = "9.9.9"/' ts3d.py; sh systemd/install""")
+    assert machine.show("ts3d.service", "MainPID") not in (pid, "0")
+    assert machine.run(mine).stdout == before
+    assert machine.run("ts3d --version").stdout == "ts3d 9.9.9\n"
+    machine.archive(11)
+
+
+def test_remove_leaves_configuration_secrets_and_queue(machine):
+    machine.run("systemctl stop s3")
+    assert machine.post(12) == "queued"
+    kept = "cksum /etc/ts3d/ts3d.conf /etc/ts3d/secrets/*; ls /var/lib/ts3d/queue.db; readlink /var/lib/ts3d"
+    before = machine.run(kept).stdout
+    machine.run("cd /root/ts3d; sh systemd/install --remove")
+    assert machine.run(kept).stdout == before
+    left = machine.run("find / -xdev -name '*ts3d*' -not -path '/root/*' -not -path '/srv/*' 2>/dev/null").stdout
+    assert set(left.split()) == {"/etc/ts3d", "/etc/ts3d/ts3d.conf", "/var/lib/ts3d", "/var/lib/private/ts3d"}
+    assert machine.run("curl -s http://127.0.0.1:8080/healthz", check=False).returncode == 7  # refused
+    machine.run("cd /root/ts3d; sh systemd/install --remove")
+    machine.start_s3()
+    machine.run("cd /root/ts3d; sh systemd/install; systemctl start ts3d.service")
+    until(lambda: machine.archived(12), 60, "alert that waited")
