@@ -497,10 +497,10 @@ class QueueError(Exception):
 
 @dataclass
 class Job:
-    """A queued alert, without its body.
+    """A queued alert, without its body, or what became of it.
 
     `step` names the object to write next. `waited` is what counts towards giving up: the seconds that the job was
-    put off for failures of its own.
+    put off for failures of its own. `error` is the last one, as JSON.
     """
 
     number: int
@@ -510,20 +510,12 @@ class Job:
     received: float  # seconds since the epoch
     tries: int
     waited: float
-    probe: bool = False  # may call an upstream that is held
-    seated: bool = False  # has one of Threat Stack's seats
-
-
-@dataclass
-class Outcome:
-    """What became of a job that was taken: it is done, or it goes back into the queue, or it has failed."""
-
-    job: Job
-    done: bool
     due: float = 0
     error: str | None = None
     failed: bool = False
-    refused: bool = False  # by the disk
+    done: bool = False
+    probe: bool = False  # may call an upstream that is held
+    seated: bool = False  # has one of Threat Stack's seats
 
 
 class Queue:
@@ -567,10 +559,9 @@ class Queue:
         self.trouble: str | None = None  # why the last transaction failed
         self._suspect = False  # SQLite says that the file is malformed
         self._broken = False  # the connections are of no use any more
-        self._lock = threading.Condition()  # for _reader, _taken, _outcomes and _waiting
+        self._lock = threading.Condition()  # for _reader, _taken and _outcomes; notified of what answers wait for
         self._taken: set[int] = set()
-        self._outcomes: dict[int, Outcome] = {}  # what is not on disk yet; these jobs are in _taken too
-        self._waiting: dict[int, set[int]] = {}  # what each answer that waits still waits for
+        self._outcomes: dict[int, Job] = {}  # jobs given back that are not on disk yet; they are in _taken too
         self._refused = 0  # bytes of the last put, if there was no room for it
         self._lock_file: Any = io.BytesIO()
         self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
@@ -705,60 +696,48 @@ class Queue:
         return self._write(run)
 
     def _put_one(self, db: sqlite3.Connection, new: Arrival, now: float) -> int:
-        same = db.execute("SELECT number, failed FROM jobs WHERE id = ? AND body = ?", (new.id, new.body)).fetchone()
+        same = db.execute("SELECT number FROM jobs WHERE id = ? AND body = ?", (new.id, new.body)).fetchone()
         if same:
-            if same[1]:
-                db.execute(
-                    "UPDATE jobs SET failed = 0, due = 0, tries = 0, waited = 0, error = NULL WHERE number = ?",
-                    same[:1],
-                )
+            anew = "failed = 0, due = 0, tries = 0, waited = 0, error = NULL"
+            db.execute(f"UPDATE jobs SET {anew} WHERE number = ? AND failed", same)
             return int(same[0])
-        row = (new.id, new.minute, new.step, now, new.body)
         sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
-        return db.execute(sql, row).lastrowid or 0
+        return db.execute(sql, (new.id, new.minute, new.step, now, new.body)).lastrowid or 0
 
     def done(self, job: Job) -> None:
         """Forget a job: all of it is in S3."""
-        self._settle(Outcome(replace(job), done=True))
+        self._settle(replace(job, done=True))
 
     def retry(self, job: Job, due: float = 0, error: str | None = None, failed: bool = False) -> None:
         """Give back a job with its step, tries and `waited` noted, to be taken again from `due` (monotonic clock) on.
 
         `error` is what it failed for, None if it did not; `failed` sets it aside, until it is asked for again.
         """
-        self._settle(Outcome(replace(job, probe=False, seated=False), False, due, error, failed))
+        self._settle(replace(job, probe=False, seated=False, due=due, error=error, failed=failed))
 
-    def _settle(self, outcome: Outcome) -> None:
-        """Have the next transaction write the outcome, and wait for it."""
+    def _settle(self, job: Job) -> None:
+        """Have the next transaction write what became of the job, and wait for it."""
         with self._lock:
-            self._outcomes[outcome.job.number] = outcome
-        try:
+            self._outcomes[job.number] = job
+        with contextlib.suppress(QueueError):  # then it stays in memory until one succeeds
             self._write(lambda db: None)
-        except QueueError:
-            outcome.refused = True
 
-    def _write_outcomes(self, outcomes: list[Outcome]) -> None:
-        update = "UPDATE jobs SET step = ?, tries = ?, waited = ?, due = ?, error = ?, failed = ? WHERE number = ?"
-        for outcome in outcomes:
-            job = outcome.job
-            if outcome.done:
-                self._db.execute("DELETE FROM jobs WHERE number = ?", (job.number,))
-            else:
-                values = (job.step, job.tries, job.waited, outcome.due, outcome.error, outcome.failed, job.number)
-                self._db.execute(update, values)
+    def _write_outcomes(self, jobs: list[Job]) -> None:
+        self._db.executemany("DELETE FROM jobs WHERE number = :number", [vars(job) for job in jobs if job.done])
+        self._db.executemany(
+            "UPDATE jobs SET step = :step, tries = :tries, waited = :waited, due = :due, error = :error, "
+            "failed = :failed WHERE number = :number",
+            [vars(job) for job in jobs if not job.done],
+        )
 
-    def _forget_outcomes(self, outcomes: list[Outcome]) -> None:
-        """They are on disk: the jobs can be taken again, and answers wait no longer for those that are done."""
+    def _forget_outcomes(self, jobs: list[Job]) -> None:
+        """They are on disk: the jobs can be taken again, unless they were already, and answers look at them anew."""
         with self._lock:
-            for outcome in outcomes:
-                number = outcome.job.number
-                if self._outcomes.get(number) is not outcome:
-                    continue  # taken again meanwhile
-                del self._outcomes[number]
-                self._taken.discard(number)
-                for numbers in self._waiting.values() if outcome.done else ():
-                    numbers.discard(number)
-            if outcomes and self._waiting:
+            for job in jobs:
+                if self._outcomes.get(job.number) is job:
+                    del self._outcomes[job.number]
+                    self._taken.discard(job.number)
+            if jobs:
                 self._lock.notify_all()
 
     def catch_up(self) -> None:
@@ -774,16 +753,16 @@ class Queue:
 
         Raises QueueError.
         """
-        left = set(numbers)
+        left = list(numbers)
+
+        def over() -> bool:
+            while left and not self.states(left[-1:]):  # one look each time, however many there are
+                left.pop()
+            return not left or hopeless()
+
         with self._lock:
-            states = self.states(numbers)
-            left.intersection_update(states)  # some were done before this began
-            if left and seconds and not hopeless():
-                self._waiting[id(left)] = left
-                self._lock.wait_for(lambda: not left or hopeless(), seconds)
-                del self._waiting[id(left)]
-                states = self.states(left)
-        return states
+            self._lock.wait_for(over, seconds)
+            return self.states(left)
 
     def stir(self) -> None:
         """Have all that `wait` look whether it is hopeless now."""
@@ -828,9 +807,7 @@ class Queue:
         writes: list[Write | None] = []
         while None not in writes:
             writes = [self._inbox.get()]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    writes.append(self._inbox.get_nowait())
+            writes += [self._inbox.get() for _ in range(self._inbox.qsize())]
             self._commit([write for write in writes if write])
 
     def _commit(self, writes: list[Write]) -> None:
@@ -941,19 +918,20 @@ class Queue:
         They stay taken until they are given back. Raises QueueError.
         """
         sql = (
-            "SELECT due, number, id, minute, step, received, tries, waited FROM jobs "
+            "SELECT number, id, minute, step, received, tries, waited, due FROM jobs "
             "WHERE failed = 0 AND step = ? AND due <= ? ORDER BY due, number LIMIT ?"
         )
         with self._lock:
             now, limit = time.monotonic(), n + len(self._taken)
-            back = [o for o in self._outcomes.values() if o.refused and not o.done and not o.failed and o.due <= now]
-            jobs = [outcome.job for outcome in back if outcome.job.step in steps][:n]
-            for job in jobs:
-                del self._outcomes[job.number]
+            given_back = (job for job in self._outcomes.values() if not job.done and not job.failed)
+            jobs = [job for job in given_back if job.step in steps and job.due <= now]
             if len(self._outcomes) < self.MAX_OUTCOMES:
-                rows = [row for step in steps for row in self._read(sql, step, now, limit) if row[1] not in self._taken]
-                jobs += [Job(*row[1:]) for row in sorted(rows)[: n - len(jobs)]]
-                self._taken.update(job.number for job in jobs)
+                rows = [row for step in steps for row in self._read(sql, step, now, limit)]
+                jobs += [Job(*row) for row in rows if row[0] not in self._taken]
+            jobs = sorted(jobs, key=lambda job: (job.due, job.number))[:n]
+            for job in jobs:
+                self._taken.add(job.number)
+                self._outcomes.pop(job.number, None)
         return jobs
 
     def taken(self) -> int:
