@@ -556,14 +556,15 @@ class Queue:
         Raises ConfigError where there is none, or none that can be used.
         """
         self.path, self.max_size, self._create = path, max_size, create
+        self._paths = (path, path + "-wal", path + "-shm")
         self.trouble: str | None = None  # why the last transaction failed
         self._suspect = False  # SQLite says that the file is malformed
-        self._broken = False  # the connections are of no use any more
+        self._broken = True  # the connections are of no use
+        self._open_files = contextlib.ExitStack()
         self._lock = threading.Condition()  # for _reader, _taken and _outcomes; notified of what answers wait for
         self._taken: set[int] = set()
         self._outcomes: dict[int, Job] = {}  # jobs given back that are not on disk yet; they are in _taken too
         self._refused = 0  # bytes of the last put, if there was no room for it
-        self._lock_file: Any = io.BytesIO()
         self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
         self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
         try:
@@ -576,28 +577,29 @@ class Queue:
         self.writer = threading.Thread(target=self._write_all, name="queue", daemon=True)
         self.writer.start()
 
-    def _keep_others_out(self) -> None:
-        """Lock the queue for this process's life. The lock has a file of its own: SQLite's would be lost by closing."""
-        self._lock_file.close()
-        self._lock_file = open(self.path + ".lock", "ab")  # noqa: SIM115 - open for the process's life
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{self.path}: another `ts3d serve` works on this queue ([queue] path)") from None
-
     def _open(self) -> None:
-        """Open the file. The daemon makes it where it is missing, and moves it aside where it is malformed."""
-        exists = os.path.exists(self.path)
+        """Open the file, anew if it is open. The daemon makes it where it is missing, and moves a malformed one aside.
+
+        Raises ConfigError, OSError, sqlite3.Error.
+        """
+        self._broken = True  # until all of this has worked
+        self._open_files.close()
+        enter = self._open_files.enter_context
         if self._create:
-            self._keep_others_out()
-            if exists:
-                with open(self.path, "rb") as file:
-                    damage = self._look_for_damage(file)
-                if damage:
-                    self._move_aside(damage)
-        elif not exists:
+            # The lock has a file of its own: SQLite's would be lost by closing.
+            lock = enter(open(self.path + ".lock", "ab"))  # noqa: SIM115 - _open_files closes it
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.path}: another `ts3d serve` works on this queue ([queue] path)") from None
+            # For a look at its bytes. It stays open: closing any descriptor of a file drops SQLite's locks (fcntl(2)).
+            self._file = enter(open(self.path, "a+b", buffering=0))  # noqa: SIM115
+            if damage := self._look_for_damage():
+                self._move_aside(damage)
+                return self._open()
+        elif not os.path.exists(self.path):
             raise ConfigError(f"{self.path}: there is no queue yet: `ts3d serve` makes it ([queue] path)")
-        self._db = self._connect("rwc" if self._create else "rw")
+        self._db, self._reader = enter(contextlib.closing(self._connect())), enter(contextlib.closing(self._connect()))
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if version > self.VERSION or (version == 0 and tables):
@@ -610,7 +612,6 @@ class Queue:
                 self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
             # A new process has a new monotonic clock, and what was taken by the old one is due again.
             self._db.execute("UPDATE jobs SET due = 0 WHERE failed = 0 AND due > 0")
-        self._reader = self._connect("rw")
         self._db.execute("PRAGMA busy_timeout = 0").close()  # _begin waits
         for db in (self._db, self._reader):
             db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
@@ -619,23 +620,22 @@ class Queue:
             db.execute("PRAGMA wal_autocheckpoint = 0").close()
             db.execute(f"PRAGMA journal_size_limit = {self._checkpoint_at}").close()
         self._reader.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
-        self._files = self._identities()
-        # For a look at its bytes. It stays open: closing any of a file's descriptors drops SQLite's locks (fcntl(2)).
-        self._file = open(self.path, "rb")  # noqa: SIM115
+        self._stats = {path: os.stat(path) for path in self._paths}
+        self._broken = False
 
-    def _look_for_damage(self, file: io.BufferedReader) -> str | None:
+    def _look_for_damage(self) -> str | None:
         """What SQLite finds malformed in the queue, None for nothing. Raises OSError, sqlite3.Error.
 
         A read that failed is damage to SQLite (SQLITE_IOERR_CORRUPTFS). So it is believed only where each byte of
-        `file`, the queue's, can be read, and where it says so twice.
+        the file can be read, and where it says so twice.
         """
         damage = None
         for _ in range(2):
             at = 0
-            while data := os.pread(file.fileno(), 1 << 20, at):
+            while data := os.pread(self._file.fileno(), 1 << 20, at):
                 at += len(data)
             try:
-                with contextlib.closing(self._connect("rw")) as db:
+                with contextlib.closing(self._connect()) as db:
                     damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             except sqlite3.DatabaseError as error:
                 if not is_malformed(error):
@@ -649,24 +649,24 @@ class Queue:
         """What is malformed in the queue, if SQLite said that anything is, and says it again."""
         if self._suspect:
             self._suspect = False
-            with contextlib.suppress(OSError, sqlite3.Error):
-                return self._look_for_damage(self._file)
+            with contextlib.suppress(OSError, ValueError, sqlite3.Error):  # ValueError: it is being opened anew
+                return self._look_for_damage()
         return None
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        uri = f"file:{urllib.parse.quote(self.path)}?mode={mode}"
+    def _connect(self) -> sqlite3.Connection:
+        uri = f"file:{urllib.parse.quote(self.path)}?mode=rw"
         return sqlite3.connect(uri, uri=True, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
 
     def _move_aside(self, problem: str) -> None:
-        suffix = f".malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
-        for part in ("", "-wal", "-shm"):
+        kept = f"{self.path}.malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
+        for path in self._paths:
             with contextlib.suppress(FileNotFoundError):
-                os.rename(self.path + part, self.path + suffix + part)
+                os.rename(path, kept + path.removeprefix(self.path))
         log.critical(
             "the queue was malformed (%s). It is kept as %s, and a new one begins: alerts in it are not archived. "
             "`sqlite3 FILE .recover` may get them back",
             problem,
-            self.path + suffix,
+            kept,
         )
 
     # Writing ---------------------------------------------------------------------------------------------------------
@@ -816,7 +816,9 @@ class Queue:
             with self._lock:
                 outcomes = list(self._outcomes.values())
             if self._broken or (self._lost() and not self._db.execute("SELECT 1 FROM jobs LIMIT 1").fetchone()):
-                self._reopen()
+                with self._lock:
+                    self._open()
+                log.warning("the queue was opened anew")
             self._begin()
             self._write_outcomes(outcomes)
             for run, _ in writes:
@@ -878,27 +880,15 @@ class Queue:
         except (sqlite3.Error, OSError) as error:
             self._note_trouble(error)
 
-    def _reopen(self) -> None:
-        """Open the queue again, or a new one where its file is gone and drained. Raises OSError, sqlite3.Error."""
-        with self._lock:
-            self._broken = True  # until all of this has worked
-            for file in (self._db, self._reader, self._file):
-                file.close()
-            self._open()
-            self._broken = False
-        log.warning("the queue was opened anew")
-
     def _lost(self) -> bool:
         """Whether another file, or none, is where one of the open ones was.
 
         An open file outlives its name: what is in it is archived, but the next process would not find it.
         """
-        return self._files != self._identities()
-
-    def _identities(self) -> list[tuple[int, int]] | None:
-        with contextlib.suppress(OSError):
-            return [(s.st_dev, s.st_ino) for s in (os.stat(self.path + part) for part in ("", "-wal", "-shm"))]
-        return None
+        try:
+            return not all(os.path.samestat(os.stat(path), stat) for path, stat in self._stats.items())
+        except OSError:
+            return True
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -970,9 +960,8 @@ class Queue:
         self.writer.join(seconds)
         if self.writer.is_alive():  # the disk hangs: all that was acknowledged is on it
             return
-        for file in (self._reader, self._db, self._file, self._lock_file):
-            with contextlib.suppress(sqlite3.Error, OSError):
-                file.close()
+        with contextlib.suppress(sqlite3.Error, OSError):
+            self._open_files.close()
 
 
 def is_malformed(error: BaseException | None) -> bool:
