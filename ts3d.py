@@ -26,7 +26,6 @@ import gc
 import hashlib
 import hmac
 import http.client
-import http.server
 import importlib.util
 import io
 import ipaddress
@@ -55,7 +54,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -1228,15 +1227,16 @@ class ApiHandler(urllib.request.AbstractHTTPHandler):
         self.tls, self.seconds = tls, seconds
         self.sock: socket.socket | None = None
 
-    def connection(self, kind: Any, host: str, timeout: float, **options: Any) -> http.client.HTTPConnection:
-        """http.client's connection of this `kind`, with the deadline on it."""
-        connection: http.client.HTTPConnection = kind(host, timeout=timeout, **options)
+    def connection(self, host: str, **options: Any) -> http.client.HTTPConnection:
+        """http.client's connection, with the deadline on it."""
+        kind = http.client.HTTPSConnection if "context" in options else http.client.HTTPConnection
+        connection = kind(host, **options)
         connect = connection.connect
 
         def connect_and_bound() -> None:
             connect()
             self.sock = connection.sock
-            connection.sock = wire = Wire(self.sock, self.deadline, timeout)
+            connection.sock = wire = Wire(self.sock, self.deadline, options["timeout"])
             wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1
 
         connection.connect = connect_and_bound  # type: ignore[method-assign]
@@ -1258,12 +1258,11 @@ class ApiHandler(urllib.request.AbstractHTTPHandler):
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for http:."""
-        return self.do_open(functools.partial(self.connection, http.client.HTTPConnection), request)
+        return self.do_open(self.connection, request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """What urllib calls for https:."""
-        kind = functools.partial(self.connection, http.client.HTTPSConnection)
-        return self.do_open(kind, request, context=self.tls())
+        return self.do_open(self.connection, request, context=self.tls())
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -1707,7 +1706,8 @@ class Refusal(Exception):
 
     def __init__(self, status: int, kind: str, text: str, headers: dict[str, str] | None = None, **more: Any) -> None:
         super().__init__(text)
-        self.status, self.type, self.headers, self.more = status, kind, headers or {}, more
+        self.status, self.headers = status, headers or {}
+        self.payload = {"success": False, "error": {"type": kind, "message": text}, **more}
 
 
 class Connection(Wire):
@@ -1839,29 +1839,27 @@ class Server(socketserver.ThreadingTCPServer):
             nap(0.02)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(socketserver.BaseRequestHandler):
     """One connection: reads requests as RFC 9112 says, strictly, and answers them in JSON.
 
     http.server's own parser takes `+4` and `0_4` for a length, passes chunked bodies over, and has no deadline.
     """
 
-    protocol_version = "HTTP/1.1"
-    request_version = "HTTP/1.1"  # where none can be read
     server: Server
     request: Connection
-    rfile: io.BufferedReader
-    wfile: io.BytesIO
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
-    def setup(self) -> None:
-        """Shake hands where TLS is spoken, and make the files."""
+    def handle(self) -> None:
+        """Shake hands where TLS is spoken, and answer one request after the other."""
         self.client = self.client_address[0] if self.client_address else "local"
         if tls := self.server.config.tls:
             self.request.sock = tls.wrap_socket(self.request.sock, server_side=True, do_handshake_on_connect=False)
             self.request.arm().do_handshake()
         self.rfile = self.request.makefile()
-        self.wfile = io.BytesIO()  # an answer leaves as one piece
+        self.close_connection = False
+        while not self.close_connection:
+            self.handle_one_request()
 
     def handle_one_request(self) -> None:
         """Read a request, answer it, log it."""
@@ -1889,12 +1887,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:  # a bug too is answered, and the daemon lives
             log.error("internal error: %s", describe(error))
             refusal = Refusal(500, "internal", "internal error: the log has more")
-        status = refusal.status if refusal else 200
+        status, headers = 200, {}
         if refusal:
-            payload = {"success": False, "error": {"type": refusal.type, "message": str(refusal)}, **refusal.more}
+            status, payload, headers = refusal.status, refusal.payload, refusal.headers
             self.note += f" error={refusal}"
         if status:
-            self.answer(status, payload, refusal.headers if refusal else {})
+            self.answer(status, payload, headers)
         path = self.path.partition("?")[0][:200]  # the query may hold the token
         took = time.monotonic() - started
         log.info("%s %s %s client=%s%s seconds=%.3f", self.command, path, status or "-", self.client, self.note, took)
@@ -1955,7 +1953,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @contextlib.contextmanager
     def body(self) -> Iterator[bytes]:
         """The request's body, counted among all that are being received until the caller has done. Raises Refusal."""
-        server, limit, pieces, held = self.server, self.server.config.max_body, [], 0
+        server, limit, body, held = self.server, self.server.config.max_body, io.BytesIO(), 0
         too_large = Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
         if (self.length or 0) > limit:
             raise too_large
@@ -1970,8 +1968,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
                     server.receiving += n
                     held += n
-                pieces.append(self.rfile.read(n))
-                if len(pieces[-1]) < n:
+                if body.write(self.rfile.read(n)) < n:
                     raise ConnectionResetError("closed in the middle of a body")
                 if self.length is None and self.rfile.read(2) != b"\r\n":
                     raise Refusal(400, "malformed_request", "a chunk is longer than its size")
@@ -1979,8 +1976,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refusal(400, "malformed_request", "a trailer is malformed")
             self.unread = False
             self.request.since = math.inf
-            pieces = [b"".join(pieces)]
-            yield pieces[0]
+            yield body.getvalue()
         finally:
             with server.lock:
                 server.receiving -= held
@@ -2010,7 +2006,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Take a webhook's alerts: each one's state, in the webhook's order, once they are on disk. Raises Refusal."""
         self.authorize()
         queue_, archiver = self.server.queue, self.server.archiver
-        states, numbers = self.take()
+        alerts, numbers = self.take()
+        states: list[dict[str, Any]] = [{"id": alert.id, "state": "archived"} for alert in alerts]
+        for state, alert in zip(states, alerts, strict=True):
+            if isinstance(alert, Rejected):
+                state.update(state="rejected", error={"type": "invalid_alert", "message": alert.message})
         good = [state for state in states if "error" not in state]
         if states and not good:
             more = f" (and {len(states) - 1} more)" if len(states) > 1 else ""
@@ -2027,10 +2027,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     state["error"] = trouble
         return {"alerts": states}
 
-    def take(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """Put a webhook's alerts on disk: each one's state, and the numbers of the jobs. Raises Refusal."""
-        states: list[dict[str, Any]] = []
-        arrivals: list[Arrival] = []
+    def take(self) -> tuple[list[Arrival | Rejected], list[int]]:
+        """Put a webhook's alerts on disk; these, and the numbers of the jobs. Raises Refusal."""
+        alerts: list[Arrival | Rejected] = []
         problem = ""
         with self.body() as body:
             try:
@@ -2040,17 +2039,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         alerts = read_webhook(body)
                     finally:
                         gc.enable()
-                for alert in alerts:
-                    states.append({"id": alert.id, "state": "archived"})
-                    if isinstance(alert, Arrival):
-                        arrivals.append(alert)
-                    else:
-                        error = {"type": "invalid_alert", "message": alert.message}
-                        states[-1].update(state="rejected", error=error)
             except (Malformed, RecursionError) as why:  # at one exact depth the whole is read, and its parts are not
                 problem = str(why)
-            self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(states) - len(arrivals)}"
-            if problem or len(arrivals) < len(states):
+            arrivals = [alert for alert in alerts if isinstance(alert, Arrival)]
+            self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(alerts) - len(arrivals)}"
+            if problem or len(arrivals) < len(alerts):
                 # Nothing that presented the token is lost, whatever it is.
                 minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
                 arrivals.append(Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body))
@@ -2061,7 +2054,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.archiver.wake.set()
         if problem:
             raise Refusal(400, "malformed_webhook", problem)
-        return states, numbers
+        return alerts, numbers
 
     def authorize(self) -> None:
         """Raises Refusal unless the request presents a webhook token, or none is set."""
@@ -2094,15 +2087,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.unread or self.server.stopping:
             self.close_connection = True
         body = json.dumps(payload).encode()
-        headers = {"Server": "ts3d", "Date": self.date_time_string(), "Content-Type": "application/json", **headers}
+        headers = {"Server": "ts3d", "Date": formatdate(usegmt=True), "Content-Type": "application/json", **headers}
         if self.close_connection:
             headers["Connection"] = "close"
-        self.send_response_only(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)
-        self.wfile = io.BytesIO()
+        lines = [f"HTTP/1.1 {status} {http.client.responses[status]}", *map(": ".join, headers.items())]
+        head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
+        data = head.encode() + (b"" if self.command == "HEAD" else body)
         # Idle from here on: the client, which reads this first, must not be overtaken by this thread's next line.
         self.request.expect(self.server.config.request_timeout)
         try:
