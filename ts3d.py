@@ -568,10 +568,8 @@ class Queue:
         self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
         try:
             self._open()
-        except sqlite3.Error as error:
-            raise ConfigError(f"{path}: {error} ([queue] path)") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror} ([queue] path)") from None
+        except (QueueError, sqlite3.Error, OSError) as error:
+            raise ConfigError(f"{path}: {getattr(error, 'strerror', error)} ([queue] path)") from None
         self._inbox: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         self.writer = threading.Thread(target=self._write_all, name="queue", daemon=True)
         self.writer.start()
@@ -579,7 +577,7 @@ class Queue:
     def _open(self) -> None:
         """Open the file, anew if it is open. The daemon makes it where it is missing, and moves a malformed one aside.
 
-        Raises ConfigError, OSError, sqlite3.Error.
+        Raises QueueError, OSError, sqlite3.Error.
         """
         self._broken = True  # until all of this has worked
         self._open_files.close()
@@ -590,23 +588,24 @@ class Queue:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"{self.path}: another `ts3d serve` works on this queue ([queue] path)") from None
+                raise QueueError("another `ts3d serve` works on this queue") from None
             # For a look at its bytes. It stays open: closing any descriptor of a file drops SQLite's locks (fcntl(2)).
             self._file = enter(open(self.path, "a+b", buffering=0))  # noqa: SIM115
             if damage := self._look_for_damage():
                 self._move_aside(damage)
                 return self._open()
         elif not os.path.exists(self.path):
-            raise ConfigError(f"{self.path}: there is no queue yet: `ts3d serve` makes it ([queue] path)")
+            raise QueueError("there is no queue yet: `ts3d serve` makes it")
         self._db, self._reader = enter(contextlib.closing(self._connect())), enter(contextlib.closing(self._connect()))
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if version > self.VERSION or (version == 0 and tables):
-            what = f"made by a newer ts3d (version {version})" if version else "some other SQLite file"
-            raise ConfigError(f"{self.path}: {what} ([queue] path)")
+        if version > self.VERSION:
+            raise QueueError(f"made by a newer ts3d (version {version})")
+        if version == 0 and tables:
+            raise QueueError("some other SQLite file")
         if self._create:
             if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-                raise ConfigError(f"{self.path}: this file system does not carry SQLite's WAL ([queue] path)")
+                raise QueueError("this file system does not carry SQLite's WAL")
             if version == 0:
                 self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
             # A new process has a new monotonic clock, and what was taken by the old one is due again.
@@ -785,7 +784,7 @@ class Queue:
         pages, free, page = (
             db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_count", "freelist_count", "page_size")
         )
-        wal = file_size(self.path + "-wal")
+        wal = os.path.getsize(self._paths[1])
         if not self._wal_stuck:
             wal = min(wal, self._checkpoint_at)  # what is beyond was checkpointed, and the next commit cuts it off
         if (pages - free) * page + wal + bytes_ > self.max_size:
@@ -867,7 +866,7 @@ class Queue:
     def _checkpoint(self) -> None:
         """Copy a write-ahead log that has grown into the file, while the write lock keeps others from committing."""
         try:
-            if not self._create or file_size(self.path + "-wal") <= self._checkpoint_at:
+            if not self._create or self._lost() or os.path.getsize(self._paths[1]) <= self._checkpoint_at:
                 return
             self._begin()
             try:
@@ -966,14 +965,6 @@ class Queue:
 def is_malformed(error: BaseException | None) -> bool:
     """Whether SQLite says that the file is no database or damaged: these two come as DatabaseError itself."""
     return type(error) is sqlite3.DatabaseError
-
-
-def file_size(path: str) -> int:
-    """The file's bytes; 0 where there is none."""
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1124,11 +1115,9 @@ class Upstream:
         with self._lock:
             if self.hold:
                 return self.hold.error
-            oldest = min(self._calls.copy().values(), default=None)
-            silent = time.monotonic() - oldest if oldest and oldest > self._worked else 0
-        if silent < 0.5:
-            return None
-        return self.error("silent", f"no answer yet for {silent:.1f} s")
+            oldest = min(self._calls.copy().values(), default=0)
+            silent = time.monotonic() - oldest if oldest > self._worked else 0
+        return self.error("silent", f"no answer yet for {silent:.1f} s") if silent > 0.5 else None
 
     def check(self) -> str:
         """Make the cheapest call there is; what it proves, in words. Raises UpstreamError."""
@@ -2005,30 +1994,28 @@ class Handler(socketserver.BaseRequestHandler):
     def webhook(self) -> dict[str, Any]:
         """Take a webhook's alerts: each one's state, in the webhook's order, once they are on disk. Raises Refusal."""
         self.authorize()
-        queue_, archiver = self.server.queue, self.server.archiver
         alerts, numbers = self.take()
-        states: list[dict[str, Any]] = [{"id": alert.id, "state": "archived"} for alert in alerts]
-        for state, alert in zip(states, alerts, strict=True):
+        try:
+            queued = self.server.queue.wait(numbers, self.server.config.wait, self.server.archiver.hopeless)
+        except QueueError:  # they are on disk: that is what this answer has to say
+            queued = dict.fromkeys(numbers, ("webhooks", None))
+        states: list[dict[str, Any]] = []
+        jobs = iter(numbers)
+        for alert in alerts:
+            state, trouble = "archived", None
             if isinstance(alert, Rejected):
-                state.update(state="rejected", error={"type": "invalid_alert", "message": alert.message})
-        good = [state for state in states if "error" not in state]
-        if states and not good:
+                state, trouble = "rejected", {"type": "invalid_alert", "message": alert.message}
+            elif (number := next(jobs)) in queued:
+                step, error = queued[number]
+                state, trouble = "queued", json.loads(error) if error else self.server.archiver.trouble(step)
+            states.append({"id": alert.id, "state": state, **({"error": trouble} if trouble else {})})
+        if alerts and not numbers:
             more = f" (and {len(states) - 1} more)" if len(states) > 1 else ""
             raise Refusal(400, "invalid_alert", states[0]["error"]["message"] + more, alerts=states)
-        try:
-            queued = queue_.wait(numbers, self.server.config.wait, archiver.hopeless)
-        except QueueError:  # they are on disk: that is what this answer has to say
-            queued = {number: ("webhooks", None) for number in numbers}
-        for state, number in zip(good, numbers, strict=False):  # the last number may be that of the whole webhook
-            if number in queued:
-                step, error = queued[number]
-                state["state"] = "queued"
-                if trouble := json.loads(error) if error else archiver.trouble(step):
-                    state["error"] = trouble
         return {"alerts": states}
 
     def take(self) -> tuple[list[Arrival | Rejected], list[int]]:
-        """Put a webhook's alerts on disk; these, and the numbers of the jobs. Raises Refusal."""
+        """Put a webhook on disk: what it says, and the numbers of the good alerts' jobs. Raises Refusal."""
         alerts: list[Arrival | Rejected] = []
         problem = ""
         with self.body() as body:
@@ -2041,20 +2028,21 @@ class Handler(socketserver.BaseRequestHandler):
                         gc.enable()
             except (Malformed, RecursionError) as why:  # at one exact depth the whole is read, and its parts are not
                 problem = str(why)
-            arrivals = [alert for alert in alerts if isinstance(alert, Arrival)]
-            self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(alerts) - len(arrivals)}"
-            if problem or len(arrivals) < len(alerts):
+            good = [alert for alert in alerts if isinstance(alert, Arrival)]
+            self.note = f" bytes={len(body)} alerts={len(good)} rejected={len(alerts) - len(good)}"
+            rejected = []
+            if problem or len(good) < len(alerts):
                 # Nothing that presented the token is lost, whatever it is.
                 minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
-                arrivals.append(Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body))
+                rejected = [Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body)]
             try:
-                numbers = self.server.queue.put(arrivals) if arrivals else []
+                numbers = self.server.queue.put(good + rejected) if good or rejected else []
             except QueueError as error:
                 raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
         self.server.archiver.wake.set()
         if problem:
             raise Refusal(400, "malformed_webhook", problem)
-        return alerts, numbers
+        return alerts, numbers[: len(good)]
 
     def authorize(self) -> None:
         """Raises Refusal unless the request presents a webhook token, or none is set."""
