@@ -61,6 +61,7 @@ from typing import Any, NamedTuple, TypeVar
 VERSION = "0.1.0"
 T = TypeVar("T")
 Write = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]  # a part of a transaction, and what comes of it
+States = dict[int, tuple[str, str | None]]  # of queued jobs, by number: the step and the last error, which is JSON
 log = logging.getLogger("ts3d")
 
 
@@ -496,10 +497,10 @@ class QueueError(Exception):
 
 @dataclass
 class Job:
-    """A queued alert, without its body, or what became of it.
+    """A queued alert, without its body.
 
     `step` names the object to write next. `waited` is what counts towards giving up: the seconds that the job was
-    put off for failures of its own. `error` is the last one, as JSON.
+    put off for failures of its own. `due`, `error`, `failed` and `done` say what became of a job that is given back.
     """
 
     number: int
@@ -744,9 +745,7 @@ class Queue:
             with contextlib.suppress(QueueError):
                 self._write(lambda db: None)
 
-    def wait(
-        self, numbers: list[int], seconds: float, hopeless: Callable[[], bool]
-    ) -> dict[int, tuple[str, str | None]]:
+    def wait(self, numbers: list[int], seconds: float, hopeless: Callable[[], bool]) -> States:
         """Wait until these jobs are done, for `seconds` at most, or until it is `hopeless`; what `states` says then.
 
         Raises QueueError.
@@ -892,13 +891,14 @@ class Queue:
 
     def _read(self, sql: str, *values: Any) -> list[Any]:
         """All rows at once: no read transaction outlives its statement, where it would hold up the checkpoint."""
-        if self._broken:
-            raise QueueError("the queue is being opened anew")
-        try:
-            return self._reader.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            self._note_trouble(error)
-            raise QueueError(f"the queue cannot be read: {error}") from error
+        with self._lock:
+            if self._broken:
+                raise QueueError("the queue is being opened anew")
+            try:
+                return self._reader.execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                self._note_trouble(error)
+                raise QueueError(f"the queue cannot be read: {error}") from error
 
     def take(self, steps: Iterable[str], n: int) -> list[Job]:
         """Up to `n` jobs that are at one of these steps and due, in the order of due time and arrival.
@@ -933,22 +933,17 @@ class Queue:
 
     def body(self, job: Job) -> bytes:
         """The bytes that came with the job. Raises QueueError."""
-        with self._lock:
-            return bytes(self._read("SELECT body FROM jobs WHERE number = ?", job.number)[0][0])
+        return bytes(self._read("SELECT body FROM jobs WHERE number = ?", job.number)[0][0])
 
-    def states(self, numbers: Iterable[int]) -> dict[int, tuple[str, str | None]]:
+    def states(self, numbers: Iterable[int]) -> States:
         """Step and last error of those of these jobs that are still queued. Raises QueueError."""
-        with self._lock:
-            rows = [self._read("SELECT number, step, error FROM jobs WHERE number = ?", number) for number in numbers]
-        return {row[0][0]: row[0][1:] for row in rows if row}
+        sql = "SELECT number, step, error FROM jobs WHERE number = ?"
+        return {row[0]: row[1:] for number in numbers for row in self._read(sql, number)}
 
     def counts(self) -> tuple[int, int, float]:
         """Jobs queued, jobs failed, and the age of the oldest queued in seconds. Raises QueueError."""
-        with self._lock:
-            counts = dict(self._read("SELECT failed, count(*) FROM jobs GROUP BY failed"))
-            oldest = self._read(
-                "SELECT received FROM jobs WHERE number = (SELECT min(number) FROM jobs WHERE failed = 0)"
-            )
+        counts = dict(self._read("SELECT failed, count(*) FROM jobs GROUP BY failed"))
+        oldest = self._read("SELECT received FROM jobs WHERE number = (SELECT min(number) FROM jobs WHERE failed = 0)")
         age = max(0.0, time.time() - oldest[0][0]) if oldest else 0.0
         return counts.get(0, 0), counts.get(1, 0), age
 
