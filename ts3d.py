@@ -546,6 +546,10 @@ class Queue:
         CREATE INDEX jobs_by_due ON jobs (failed, step, due); -- and by number: no sorting
         PRAGMA user_version = 1;"""
     VERSION = 1
+    DELETE = "DELETE FROM jobs WHERE number = :number"
+    UPDATE = """
+        UPDATE jobs SET step = :step, tries = :tries, waited = :waited, due = :due, error = :error, failed = :failed
+        WHERE number = :number"""
     WAL_PAGES = 4 << 20  # bytes of write-ahead log after which it is copied into the file
     MAX_OUTCOMES = 10_000  # that wait for the disk, before no more jobs are taken
     BUSY = 10.0  # seconds to wait for another process's transaction
@@ -721,24 +725,6 @@ class Queue:
         with contextlib.suppress(QueueError):  # then it stays in memory until one succeeds
             self._write(lambda db: None)
 
-    def _write_outcomes(self, jobs: list[Job]) -> None:
-        self._db.executemany("DELETE FROM jobs WHERE number = :number", [vars(job) for job in jobs if job.done])
-        self._db.executemany(
-            "UPDATE jobs SET step = :step, tries = :tries, waited = :waited, due = :due, error = :error, "
-            "failed = :failed WHERE number = :number",
-            [vars(job) for job in jobs if not job.done],
-        )
-
-    def _forget_outcomes(self, jobs: list[Job]) -> None:
-        """They are on disk: the jobs can be taken again, unless they were already, and answers look at them anew."""
-        with self._lock:
-            for job in jobs:
-                if self._outcomes.get(job.number) is job:
-                    del self._outcomes[job.number]
-                    self._taken.discard(job.number)
-            if jobs:
-                self._lock.notify_all()
-
     def catch_up(self) -> None:
         """Try to write what the disk refused, if there is any, or to open the queue anew."""
         if self._outcomes or self._broken:
@@ -810,21 +796,28 @@ class Queue:
     def _commit(self, writes: list[Write]) -> None:
         results: list[Any] = []
         try:
-            with self._lock:
-                outcomes = list(self._outcomes.values())
             if self._broken or (self._lost() and not self._db.execute("SELECT 1 FROM jobs LIMIT 1").fetchone()):
                 with self._lock:
                     self._open()
                 log.warning("the queue was opened anew")
+            with self._lock:
+                outcomes = list(self._outcomes.values())
             self._begin()
-            self._write_outcomes(outcomes)
+            self._db.executemany(self.DELETE, [vars(job) for job in outcomes if job.done])
+            self._db.executemany(self.UPDATE, [vars(job) for job in outcomes if not job.done])
             for run, _ in writes:
                 try:
                     results.append(run(self._db))
                 except QueueError as error:  # refuses this one, before it changed anything
                     results.append(error)
             self._db.execute("COMMIT")
-            self._forget_outcomes(outcomes)
+            with self._lock:
+                for job in outcomes:
+                    if self._outcomes.get(job.number) is job:  # not taken again meanwhile
+                        del self._outcomes[job.number]
+                        self._taken.discard(job.number)
+                if outcomes:
+                    self._lock.notify_all()
             self._note_trouble(None)
         except Exception as error:  # whatever it is, it must reach those who wait, and the next transaction be tried
             with contextlib.suppress(sqlite3.Error):
