@@ -748,7 +748,7 @@ class Queue:
             return self.states(left)
 
     def stir(self) -> None:
-        """Have all that `wait` look whether it is hopeless now; the main loop does so four times a second."""
+        """Have all that `wait` look whether it is hopeless now."""
         with self._lock:
             self._lock.notify_all()
 
@@ -1015,6 +1015,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self.hold: Hold | None = None
+        self.on_hold: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._seated = 0
         self._calls: dict[int, float] = {}  # when each call under way began, by job
@@ -1085,16 +1086,17 @@ class Upstream:
                     error.longest = PROBE_PAUSE if error.doubtful else LONGEST_PAUSE
                     self._suspect = number
                 return
-            if not self.hold:
-                log.warning("%s is held: %s", self.name, error)
-                self.hold = Hold(now, now, 0, error)
-            hold = self.hold
-            if not hold.tries or started >= hold.since:  # the call that began it, or a probe
+            began = not self.hold
+            hold = self.hold = self.hold or Hold(now, now, 0, error)
+            if began or started >= hold.since:
                 hold.tries += 1
                 hold.probe_at = now + backoff(hold.tries, PROBE_PAUSE)
                 hold.error = error
             hold.probe_at = max(hold.probe_at, now + error.retry_after)
             error.longest = None
+        if began:
+            log.warning("%s is held: %s", self.name, error)
+            self.on_hold()
 
     def trouble(self) -> UpstreamError | None:
         """What stands in the way of this upstream's calls now: a hold, or calls that get no answer."""
@@ -1522,6 +1524,7 @@ class Archiver:
     def __init__(self, config: Config, queue_: Queue) -> None:
         self.config, self.queue = config, queue_
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
+        self.threatstack.on_hold = self.s3.on_hold = queue_.stir
         self.needs = {step: (self.threatstack, self.s3) if o.path else (self.s3,) for step, o in OBJECTS.items()}
         self.wake = threading.Event()  # there may be something to hand out
         self.stopping = threading.Event()
