@@ -699,10 +699,11 @@ class Queue:
         return self._write(run)
 
     def _put_one(self, db: sqlite3.Connection, new: Arrival, now: float) -> int:
-        same = db.execute("SELECT number FROM jobs WHERE id = ? AND body = ?", (new.id, new.body)).fetchone()
+        same = db.execute("SELECT number, failed FROM jobs WHERE id = ? AND body = ?", (new.id, new.body)).fetchone()
         if same:
-            anew = "failed = 0, due = 0, tries = 0, waited = 0, error = NULL"
-            db.execute(f"UPDATE jobs SET {anew} WHERE number = ? AND failed", same)
+            if same[1]:
+                anew = "failed = 0, due = 0, tries = 0, waited = 0, error = NULL"
+                db.execute(f"UPDATE jobs SET {anew} WHERE number = ?", same[:1])
             return int(same[0])
         sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
         return db.execute(sql, (new.id, new.minute, new.step, now, new.body)).lastrowid or 0
@@ -1188,7 +1189,7 @@ class Wire(io.RawIOBase):
             socket.socket.shutdown(self.sock, how)
 
     def close(self) -> None:
-        """Nothing: who made the socket closes it. urllib would do so before it has read the answer."""
+        """Nothing: who made the socket closes it. http.client would do so before the answer has been read."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1196,52 +1197,43 @@ class Wire(io.RawIOBase):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ApiHandler(urllib.request.AbstractHTTPHandler):
+class ApiHandler(urllib.request.BaseHandler):
     """urllib's handler of http: and https: for one call, with a deadline of its own."""
 
     def __init__(self, tls: Callable[[], ssl.SSLContext], seconds: float) -> None:
-        super().__init__()
         self.tls, self.seconds = tls, seconds
         self.sock: socket.socket | None = None
 
-    def connection(self, host: str, **options: Any) -> http.client.HTTPConnection:
-        """http.client's connection, with the deadline on it."""
-        kind = http.client.HTTPSConnection if "context" in options else http.client.HTTPConnection
-        connection = kind(host, **options)
-        connect = connection.connect
-
-        def connect_and_bound() -> None:
-            connect()
-            self.sock = connection.sock
-            connection.sock = wire = Wire(self.sock, self.deadline, options["timeout"])
+    def http_open(self, request: Any) -> http.client.HTTPResponse:
+        """What urllib calls for http: and https:."""
+        url = urllib.parse.urlsplit(request.full_url)
+        headers = {**request.headers, "Host": url.netloc, "Connection": "close"}
+        connection = http.client.HTTPConnection(url.netloc)
+        try:
+            tls = self.tls() if url.scheme == "https" else None
+            connection.sock = wire = self.dial(str(url.hostname), url.port or (443 if tls else 80), request.timeout)
+            if tls:
+                self.sock = wire.sock = tls.wrap_socket(wire.arm(), server_hostname=url.hostname)
             wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1
+            connection.request("GET", request.selector, headers=headers)
+        except OSError as error:
+            raise urllib.error.URLError(error) from None
+        return connection.getresponse()
 
-        connection.connect = connect_and_bound  # type: ignore[method-assign]
-        connection._create_connection = self.dial  # type: ignore[attr-defined]
-        return connection
+    https_open = http_open
 
-    def dial(self, address: tuple[str, int], silence: float, *_: Any) -> Any:
-        """socket.create_connection, with one deadline for all of the name's addresses, from when they are known on."""
-        found = [str(each[4][0]) for each in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
-        self.deadline = time.monotonic() + self.seconds
-        while found:
-            left = max(0.001, self.deadline - time.monotonic())
+    def dial(self, host: str, port: int, silence: float) -> Wire:
+        """Connect, with one deadline for all of the name's addresses, from when they are known on."""
+        found = [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        deadline = time.monotonic() + self.seconds
+        while True:
+            left = max(0.001, deadline - time.monotonic())
             try:
-                sock = socket.create_connection((found.pop(0), address[1]), min(silence, left))
-                return Wire(sock, self.deadline, silence).arm()  # what is left is for TLS's handshake
+                self.sock = socket.create_connection((found.pop(0), port), min(silence, left))
+                return Wire(self.sock, deadline, silence)
             except OSError:
                 if not found:
                     raise
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """What urllib calls for http:."""
-        return self.do_open(self.connection, request)
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """What urllib calls for https:."""
-        return self.do_open(self.connection, request, context=self.tls())
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def close(self) -> None:
         """Close the call's socket: also what urllib calls when the handler is of no more use."""
