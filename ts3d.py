@@ -62,6 +62,7 @@ from typing import Any, NamedTuple, TypeVar
 VERSION = "0.1.0"
 T = TypeVar("T")
 Write = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]  # a part of a transaction, and what comes of it
+States = dict[int, tuple[str, str | None]]  # of queued jobs, by number: the step and the last error, which is JSON
 log = logging.getLogger("ts3d")
 
 
@@ -519,7 +520,7 @@ class Job:
     """A queued alert, without its body.
 
     `step` names the object to write next. `waited` is what counts towards giving up: the seconds that the job was
-    put off for failures of its own.
+    put off for failures of its own. `due`, `error`, `failed` and `done` say what became of a job that is given back.
     """
 
     number: int
@@ -529,20 +530,12 @@ class Job:
     received: float  # seconds since the epoch
     tries: int
     waited: float
-    probe: bool = False  # may call an upstream that is held
-    seated: bool = False  # has one of Threat Stack's seats
-
-
-@dataclass
-class Outcome:
-    """What became of a job that was taken: it is done, or it goes back into the queue, or it has failed."""
-
-    job: Job
-    done: bool
     due: float = 0
     error: str | None = None
     failed: bool = False
-    refused: bool = False  # by the disk
+    done: bool = False
+    probe: bool = False  # may call an upstream that is held
+    seated: bool = False  # has one of Threat Stack's seats
 
 
 class Queue:
@@ -573,6 +566,10 @@ class Queue:
         CREATE INDEX jobs_by_due ON jobs (failed, step, due); -- and by number: no sorting
         PRAGMA user_version = 1;"""
     VERSION = 1
+    DELETE = "DELETE FROM jobs WHERE number = :number"
+    UPDATE = """
+        UPDATE jobs SET step = :step, tries = :tries, waited = :waited, due = :due, error = :error, failed = :failed
+        WHERE number = :number"""
     WAL_PAGES = 4 << 20  # bytes of write-ahead log after which it is copied into the file
     MAX_OUTCOMES = 10_000  # that wait for the disk, before no more jobs are taken
     BUSY = 10.0  # seconds to wait for another process's transaction
@@ -583,65 +580,64 @@ class Queue:
         Raises ConfigError where there is none, or none that can be used.
         """
         self.path, self.max_size, self._create = path, max_size, create
+        self._paths = (path, path + "-wal", path + "-shm")
         self.trouble: str | None = None  # why the last transaction failed
         self._suspect = False  # SQLite says that the file is malformed
-        self._broken = False  # the connections are of no use any more
+        self._broken = True  # the connections are of no use
         self._closing = False
-        self._lock = threading.Condition()  # for _reader, _taken, _outcomes and _waiting
+        self._open_files = contextlib.ExitStack()
+        self._lock = threading.Condition()  # for _reader, _taken and _outcomes; notified of what answers wait for
         self._taken: set[int] = set()
-        self._outcomes: dict[int, Outcome] = {}  # what is not on disk yet; these jobs are in _taken too
-        self._waiting: dict[int, set[int]] = {}  # what each answer that waits still waits for
+        self._outcomes: dict[int, Job] = {}  # jobs given back that are not on disk yet; they are in _taken too
         self._refused = 0  # bytes of the last put, if there was no room for it
-        self._lock_file: Any = io.BytesIO()
         self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
         self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
         try:
             self._open()
-        except sqlite3.Error as error:
-            raise ConfigError(f"{path}: {error} ([queue] path)") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror} ([queue] path)") from None
+        except (QueueError, sqlite3.Error, OSError) as error:
+            raise ConfigError(f"{path}: {getattr(error, 'strerror', error)} ([queue] path)") from None
         self._inbox: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         self.writer = threading.Thread(target=self._write_all, name="queue", daemon=True)
         self.writer.start()
 
-    def _keep_others_out(self) -> None:
-        """Lock the queue for this process's life. The lock has a file of its own: SQLite's would be lost by closing."""
-        self._lock_file.close()
-        make(self.path + ".lock")
-        self._lock_file = open(self.path + ".lock", "ab")  # noqa: SIM115 - open for the process's life
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{self.path}: another `ts3d serve` works on this queue ([queue] path)") from None
-
     def _open(self) -> None:
-        """Open the file. The daemon makes it where it is missing, and moves it aside where it is malformed."""
-        exists = os.path.exists(self.path)
+        """Open the file, anew if it is open. The daemon makes it where it is missing, and moves a malformed one aside.
+
+        Raises QueueError, OSError, sqlite3.Error.
+        """
+        self._broken = True  # until all of this has worked
+        self._open_files.close()
+        enter = self._open_files.enter_context
         if self._create:
-            self._keep_others_out()
-            if exists:
-                with open(self.path, "rb") as file:
-                    damage = self._look_for_damage(file)
-                if damage:
-                    self._move_aside(damage)
+            # The lock has a file of its own: SQLite's would be lost by closing.
+            make(self.path + ".lock")
+            lock = enter(open(self.path + ".lock", "ab"))  # noqa: SIM115 - _open_files closes it
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise QueueError("another `ts3d serve` works on this queue") from None
             make(self.path)
-        elif not exists:
-            raise ConfigError(f"{self.path}: there is no queue yet: `ts3d serve` makes it ([queue] path)")
-        self._db = self._connect("rwc" if self._create else "rw")
+            # For a look at its bytes. It stays open: closing any descriptor of a file drops SQLite's locks (fcntl(2)).
+            self._file = enter(open(self.path, "rb"))  # noqa: SIM115
+            if damage := self._look_for_damage():
+                self._move_aside(damage)
+                return self._open()
+        elif not os.path.exists(self.path):
+            raise QueueError("there is no queue yet: `ts3d serve` makes it")
+        self._db, self._reader = enter(contextlib.closing(self._connect())), enter(contextlib.closing(self._connect()))
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if version > self.VERSION or (version == 0 and tables):
-            what = f"made by a newer ts3d (version {version})" if version else "some other SQLite file"
-            raise ConfigError(f"{self.path}: {what} ([queue] path)")
+        if version > self.VERSION:
+            raise QueueError(f"made by a newer ts3d (version {version})")
+        if version == 0 and tables:
+            raise QueueError("some other SQLite file")
         if self._create:
             if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-                raise ConfigError(f"{self.path}: this file system does not carry SQLite's WAL ([queue] path)")
+                raise QueueError("this file system does not carry SQLite's WAL")
             if version == 0:
                 self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
             # A new process has a new monotonic clock, and what was taken by the old one is due again.
             self._db.execute("UPDATE jobs SET due = 0 WHERE failed = 0 AND due > 0")
-        self._reader = self._connect("rw")
         self._db.execute("PRAGMA busy_timeout = 0").close()  # _begin waits
         for db in (self._db, self._reader):
             db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
@@ -650,23 +646,22 @@ class Queue:
             db.execute("PRAGMA wal_autocheckpoint = 0").close()
             db.execute(f"PRAGMA journal_size_limit = {self._checkpoint_at}").close()
         self._reader.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
-        self._files = self._identities()
-        # For a look at its bytes. It stays open: closing any of a file's descriptors drops SQLite's locks (fcntl(2)).
-        self._file = open(self.path, "rb")  # noqa: SIM115
+        self._stats = {path: os.stat(path) for path in self._paths}
+        self._broken = False
 
-    def _look_for_damage(self, file: io.BufferedReader) -> str | None:
+    def _look_for_damage(self) -> str | None:
         """What SQLite finds malformed in the queue, None for nothing. Raises OSError, sqlite3.Error.
 
         A read that failed is damage to SQLite (SQLITE_IOERR_CORRUPTFS). So it is believed only where each byte of
-        `file`, the queue's, can be read, and where it says so twice.
+        the file can be read, and where it says so twice.
         """
         damage = None
         for _ in range(2):
             at = 0
-            while data := os.pread(file.fileno(), 1 << 20, at):
+            while data := os.pread(self._file.fileno(), 1 << 20, at):
                 at += len(data)
             try:
-                with contextlib.closing(self._connect("rw")) as db:
+                with contextlib.closing(self._connect()) as db:
                     damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             except sqlite3.DatabaseError as error:
                 if not is_malformed(error):
@@ -680,24 +675,24 @@ class Queue:
         """What is malformed in the queue, if SQLite said that anything is, and says it again."""
         if self._suspect:
             self._suspect = False
-            with contextlib.suppress(OSError, sqlite3.Error):
-                return self._look_for_damage(self._file)
+            with contextlib.suppress(OSError, ValueError, sqlite3.Error):  # ValueError: it is being opened anew
+                return self._look_for_damage()
         return None
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        uri = f"file:{urllib.parse.quote(self.path)}?mode={mode}"
+    def _connect(self) -> sqlite3.Connection:
+        uri = f"file:{urllib.parse.quote(self.path)}?mode=rw"
         return sqlite3.connect(uri, uri=True, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
 
     def _move_aside(self, problem: str) -> None:
-        suffix = f".malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
-        for part in ("", "-wal", "-shm"):
+        kept = f"{self.path}.malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
+        for path in self._paths:
             with contextlib.suppress(FileNotFoundError):
-                os.rename(self.path + part, self.path + suffix + part)
+                os.rename(path, kept + path.removeprefix(self.path))
         log.critical(
             "the queue was malformed (%s). It is kept as %s, and a new one begins: alerts in it are not archived. "
             "`sqlite3 FILE .recover` may get them back",
             problem,
-            self.path + suffix,
+            kept,
         )
 
     # Writing ---------------------------------------------------------------------------------------------------------
@@ -730,81 +725,50 @@ class Queue:
         same = db.execute("SELECT number, failed FROM jobs WHERE id = ? AND body = ?", (new.id, new.body)).fetchone()
         if same:
             if same[1]:
-                db.execute(
-                    "UPDATE jobs SET failed = 0, due = 0, tries = 0, waited = 0, error = NULL WHERE number = ?",
-                    same[:1],
-                )
+                anew = "failed = 0, due = 0, tries = 0, waited = 0, error = NULL"
+                db.execute(f"UPDATE jobs SET {anew} WHERE number = ?", same[:1])
             return int(same[0])
-        row = (new.id, new.minute, new.step, now, new.body)
         sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
-        return db.execute(sql, row).lastrowid or 0
+        return db.execute(sql, (new.id, new.minute, new.step, now, new.body)).lastrowid or 0
 
     def done(self, job: Job) -> None:
         """Forget a job: all of it is in S3."""
-        self._settle(Outcome(replace(job), done=True))
+        self._settle(replace(job, done=True))
 
     def retry(self, job: Job, due: float = 0, error: str | None = None, failed: bool = False) -> None:
         """Give back a job with its step, tries and `waited` noted, to be taken again from `due` (monotonic clock) on.
 
         `error` is what it failed for, None if it did not; `failed` sets it aside, until it is asked for again.
         """
-        self._settle(Outcome(replace(job, probe=False, seated=False), False, due, error, failed))
+        self._settle(replace(job, probe=False, seated=False, due=due, error=error, failed=failed))
 
-    def _settle(self, outcome: Outcome) -> None:
-        """Have the next transaction write the outcome, and wait for it."""
+    def _settle(self, job: Job) -> None:
+        """Have the next transaction write what became of the job, and wait for it."""
         with self._lock:
-            self._outcomes[outcome.job.number] = outcome
-        try:
+            self._outcomes[job.number] = job
+        with contextlib.suppress(QueueError):  # then it stays in memory until one succeeds
             self._write(lambda db: None)
-        except QueueError:
-            outcome.refused = True
-
-    def _write_outcomes(self, outcomes: list[Outcome]) -> None:
-        update = "UPDATE jobs SET step = ?, tries = ?, waited = ?, due = ?, error = ?, failed = ? WHERE number = ?"
-        for outcome in outcomes:
-            job = outcome.job
-            if outcome.done:
-                self._db.execute("DELETE FROM jobs WHERE number = ?", (job.number,))
-            else:
-                values = (job.step, job.tries, job.waited, outcome.due, outcome.error, outcome.failed, job.number)
-                self._db.execute(update, values)
-
-    def _forget_outcomes(self, outcomes: list[Outcome]) -> None:
-        """They are on disk: the jobs can be taken again, and answers wait no longer for those that are done."""
-        with self._lock:
-            for outcome in outcomes:
-                number = outcome.job.number
-                if self._outcomes.get(number) is not outcome:
-                    continue  # taken again meanwhile
-                del self._outcomes[number]
-                self._taken.discard(number)
-                for numbers in self._waiting.values() if outcome.done else ():
-                    numbers.discard(number)
-            if outcomes and self._waiting:
-                self._lock.notify_all()
 
     def beat(self) -> None:
         """Wake the writer: it shows that it moves, and tries again what the disk refused. Waits for nothing."""
         if self._inbox.empty():
             self._inbox.put(None)
 
-    def wait(
-        self, numbers: list[int], seconds: float, hopeless: Callable[[], bool]
-    ) -> dict[int, tuple[str, str | None]]:
+    def wait(self, numbers: list[int], seconds: float, hopeless: Callable[[], bool]) -> States:
         """Wait until these jobs are done, for `seconds` at most, or until it is `hopeless`; what `states` says then.
 
         Raises QueueError.
         """
-        left = set(numbers)
+        left = list(numbers)
+
+        def over() -> bool:
+            while left and not self.states(left[-1:]):  # one look each time, however many there are
+                left.pop()
+            return not left or hopeless()
+
         with self._lock:
-            states = self.states(numbers)
-            left.intersection_update(states)  # some were done before this began
-            if left and seconds and not hopeless():
-                self._waiting[id(left)] = left
-                self._lock.wait_for(lambda: not left or hopeless(), seconds)
-                del self._waiting[id(left)]
-                states = self.states(left)
-        return states
+            self._lock.wait_for(over, seconds)
+            return self.states(left)
 
     def stir(self) -> None:
         """Have all that `wait` look whether it is hopeless now."""
@@ -828,7 +792,7 @@ class Queue:
         pages, free, page = (
             db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_count", "freelist_count", "page_size")
         )
-        wal = file_size(self.path + "-wal")
+        wal = os.path.getsize(self._paths[1])
         if not self._wal_stuck:
             wal = min(wal, self._checkpoint_at)  # what is beyond was checkpointed, and the next commit cuts it off
         if (pages - free) * page + wal + bytes_ > self.max_size:
@@ -849,28 +813,35 @@ class Queue:
         while not (self._closing and self._inbox.empty()):
             promise(LONGEST_TURN)
             writes = [self._inbox.get()]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    writes.append(self._inbox.get_nowait())
+            writes += [self._inbox.get() for _ in range(self._inbox.qsize())]
             if any(writes) or self._outcomes or self._broken:
                 self._commit([write for write in writes if write])
 
     def _commit(self, writes: list[Write]) -> None:
         results: list[Any] = []
         try:
+            if self._broken or (self._lost() and not self._db.execute("SELECT 1 FROM jobs LIMIT 1").fetchone()):
+                with self._lock:
+                    self._open()
+                log.warning("the queue was opened anew")
             with self._lock:
                 outcomes = list(self._outcomes.values())
-            if self._broken or (self._lost() and not self._db.execute("SELECT 1 FROM jobs LIMIT 1").fetchone()):
-                self._reopen()
             self._begin()
-            self._write_outcomes(outcomes)
+            self._db.executemany(self.DELETE, [vars(job) for job in outcomes if job.done])
+            self._db.executemany(self.UPDATE, [vars(job) for job in outcomes if not job.done])
             for run, _ in writes:
                 try:
                     results.append(run(self._db))
                 except QueueError as error:  # refuses this one, before it changed anything
                     results.append(error)
             self._db.execute("COMMIT")
-            self._forget_outcomes(outcomes)
+            with self._lock:
+                for job in outcomes:
+                    if self._outcomes.get(job.number) is job:  # not taken again meanwhile
+                        del self._outcomes[job.number]
+                        self._taken.discard(job.number)
+                if outcomes:
+                    self._lock.notify_all()
             self._note_trouble(None)
         except Exception as error:  # whatever it is, it must reach those who wait, and the next transaction be tried
             with contextlib.suppress(sqlite3.Error):
@@ -911,7 +882,7 @@ class Queue:
     def _checkpoint(self) -> None:
         """Copy a write-ahead log that has grown into the file, while the write lock keeps others from committing."""
         try:
-            if not self._create or file_size(self.path + "-wal") <= self._checkpoint_at:
+            if not self._create or self._lost() or os.path.getsize(self._paths[1]) <= self._checkpoint_at:
                 return
             self._begin()
             try:
@@ -923,39 +894,28 @@ class Queue:
         except (sqlite3.Error, OSError) as error:
             self._note_trouble(error)
 
-    def _reopen(self) -> None:
-        """Open the queue again, or a new one where its file is gone and drained. Raises OSError, sqlite3.Error."""
-        with self._lock:
-            self._broken = True  # until all of this has worked
-            for file in (self._db, self._reader, self._file):
-                file.close()
-            self._open()
-            self._broken = False
-        log.warning("the queue was opened anew")
-
     def _lost(self) -> bool:
         """Whether another file, or none, is where one of the open ones was.
 
         An open file outlives its name: what is in it is archived, but the next process would not find it.
         """
-        return self._files != self._identities()
-
-    def _identities(self) -> list[tuple[int, int]] | None:
-        with contextlib.suppress(OSError):
-            return [(s.st_dev, s.st_ino) for s in (os.stat(self.path + part) for part in ("", "-wal", "-shm"))]
-        return None
+        try:
+            return not all(os.path.samestat(os.stat(path), stat) for path, stat in self._stats.items())
+        except OSError:
+            return True
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
     def _read(self, sql: str, *values: Any) -> list[Any]:
         """All rows at once: no read transaction outlives its statement, where it would hold up the checkpoint."""
-        if self._broken:
-            raise QueueError("the queue is being opened anew")
-        try:
-            return self._reader.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            self._note_trouble(error)
-            raise QueueError(f"the queue cannot be read: {error}") from error
+        with self._lock:
+            if self._broken:
+                raise QueueError("the queue is being opened anew")
+            try:
+                return self._reader.execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                self._note_trouble(error)
+                raise QueueError(f"the queue cannot be read: {error}") from error
 
     def take(self, steps: Iterable[str], n: int) -> list[Job]:
         """Up to `n` jobs that are at one of these steps and due, in the order of due time and arrival.
@@ -963,19 +923,20 @@ class Queue:
         They stay taken until they are given back. Raises QueueError.
         """
         sql = (
-            "SELECT due, number, id, minute, step, received, tries, waited FROM jobs "
+            "SELECT number, id, minute, step, received, tries, waited, due FROM jobs "
             "WHERE failed = 0 AND step = ? AND due <= ? ORDER BY due, number LIMIT ?"
         )
         with self._lock:
             now, limit = time.monotonic(), n + len(self._taken)
-            back = [o for o in self._outcomes.values() if o.refused and not o.done and not o.failed and o.due <= now]
-            jobs = [outcome.job for outcome in back if outcome.job.step in steps][:n]
-            for job in jobs:
-                del self._outcomes[job.number]
+            given_back = (job for job in self._outcomes.values() if not job.done and not job.failed)
+            jobs = [job for job in given_back if job.step in steps and job.due <= now]
             if len(self._outcomes) < self.MAX_OUTCOMES:
-                rows = [row for step in steps for row in self._read(sql, step, now, limit) if row[1] not in self._taken]
-                jobs += [Job(*row[1:]) for row in sorted(rows)[: n - len(jobs)]]
-                self._taken.update(job.number for job in jobs)
+                rows = [row for step in steps for row in self._read(sql, step, now, limit)]
+                jobs += [Job(*row) for row in rows if row[0] not in self._taken]
+            jobs = sorted(jobs, key=lambda job: (job.due, job.number))[:n]
+            for job in jobs:
+                self._taken.add(job.number)
+                self._outcomes.pop(job.number, None)
         return jobs
 
     def taken(self) -> int:
@@ -989,22 +950,17 @@ class Queue:
 
     def body(self, job: Job) -> bytes:
         """The bytes that came with the job. Raises QueueError."""
-        with self._lock:
-            return bytes(self._read("SELECT body FROM jobs WHERE number = ?", job.number)[0][0])
+        return bytes(self._read("SELECT body FROM jobs WHERE number = ?", job.number)[0][0])
 
-    def states(self, numbers: Iterable[int]) -> dict[int, tuple[str, str | None]]:
+    def states(self, numbers: Iterable[int]) -> States:
         """Step and last error of those of these jobs that are still queued. Raises QueueError."""
-        with self._lock:
-            rows = [self._read("SELECT number, step, error FROM jobs WHERE number = ?", number) for number in numbers]
-        return {row[0][0]: row[0][1:] for row in rows if row}
+        sql = "SELECT number, step, error FROM jobs WHERE number = ?"
+        return {row[0]: row[1:] for number in numbers for row in self._read(sql, number)}
 
     def counts(self) -> tuple[int, int, float]:
         """Jobs queued, jobs failed, and the age of the oldest queued in seconds. Raises QueueError."""
-        with self._lock:
-            counts = dict(self._read("SELECT failed, count(*) FROM jobs GROUP BY failed"))
-            oldest = self._read(
-                "SELECT received FROM jobs WHERE number = (SELECT min(number) FROM jobs WHERE failed = 0)"
-            )
+        counts = dict(self._read("SELECT failed, count(*) FROM jobs GROUP BY failed"))
+        oldest = self._read("SELECT received FROM jobs WHERE number = (SELECT min(number) FROM jobs WHERE failed = 0)")
         age = max(0.0, time.time() - oldest[0][0]) if oldest else 0.0
         return counts.get(0, 0), counts.get(1, 0), age
 
@@ -1015,9 +971,8 @@ class Queue:
         self.writer.join(seconds)
         if self.writer.is_alive():  # the disk hangs: all that was acknowledged is on it
             return
-        for file in (self._reader, self._db, self._file, self._lock_file):
-            with contextlib.suppress(sqlite3.Error, OSError):
-                file.close()
+        with contextlib.suppress(sqlite3.Error, OSError):
+            self._open_files.close()
 
 
 def is_malformed(error: BaseException | None) -> bool:
@@ -1036,14 +991,6 @@ def make(path: str) -> None:
             folder = os.stat(os.path.dirname(path))
             os.chown(file, folder.st_uid, folder.st_gid)
         os.close(file)
-
-
-def file_size(path: str) -> int:
-    """The file's bytes; 0 where there is none."""
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1194,11 +1141,9 @@ class Upstream:
         with self._lock:
             if self.hold:
                 return self.hold.error
-            oldest = min(self._calls.copy().values(), default=None)
-            silent = time.monotonic() - oldest if oldest and oldest > self._worked else 0
-        if silent < 0.5:
-            return None
-        return self.error("silent", f"no answer yet for {silent:.1f} s")
+            oldest = min(self._calls.copy().values(), default=0)
+            silent = time.monotonic() - oldest if oldest > self._worked else 0
+        return self.error("silent", f"no answer yet for {silent:.1f} s") if silent > 0.5 else None
 
     def check(self) -> str:
         """Make the cheapest call there is; what it proves, in words. Raises UpstreamError."""
@@ -1281,7 +1226,7 @@ class Wire(io.RawIOBase):
             socket.socket.shutdown(self.sock, how)
 
     def close(self) -> None:
-        """Nothing: who made the socket closes it. urllib would do so before it has read the answer."""
+        """Nothing: who made the socket closes it. http.client would do so before the answer has been read."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1289,52 +1234,43 @@ class Wire(io.RawIOBase):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ApiHandler(urllib.request.AbstractHTTPHandler):
+class ApiHandler(urllib.request.BaseHandler):
     """urllib's handler of http: and https: for one call, with a deadline of its own."""
 
     def __init__(self, tls: Callable[[], ssl.SSLContext], seconds: float) -> None:
-        super().__init__()
         self.tls, self.seconds = tls, seconds
         self.sock: socket.socket | None = None
 
-    def connection(self, kind: Any, host: str, timeout: float, **options: Any) -> http.client.HTTPConnection:
-        """http.client's connection of this `kind`, with the deadline on it."""
-        connection: http.client.HTTPConnection = kind(host, timeout=timeout, **options)
-        connect = connection.connect
-
-        def connect_and_bound() -> None:
-            connect()
-            self.sock = connection.sock
-            connection.sock = wire = Wire(self.sock, self.deadline, timeout)
+    def http_open(self, request: Any) -> http.client.HTTPResponse:
+        """What urllib calls for http: and https:."""
+        url = urllib.parse.urlsplit(request.full_url)
+        headers = {**request.headers, "Host": url.netloc, "Connection": "close"}
+        connection = http.client.HTTPConnection(url.netloc)
+        try:
+            tls = self.tls() if url.scheme == "https" else None
+            connection.sock = wire = self.dial(str(url.hostname), url.port or (443 if tls else 80), request.timeout)
+            if tls:
+                self.sock = wire.sock = tls.wrap_socket(wire.arm(), server_hostname=url.hostname)
             wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1
+            connection.request("GET", request.selector, headers=headers)
+        except OSError as error:
+            raise urllib.error.URLError(error) from None
+        return connection.getresponse()
 
-        connection.connect = connect_and_bound  # type: ignore[method-assign]
-        connection._create_connection = self.dial  # type: ignore[attr-defined]
-        return connection
+    https_open = http_open
 
-    def dial(self, address: tuple[str, int], silence: float, *_: Any) -> Any:
-        """socket.create_connection, with one deadline for all of the name's addresses, from when they are known on."""
-        found = [str(each[4][0]) for each in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
-        self.deadline = time.monotonic() + self.seconds
-        while found:
-            left = max(0.001, self.deadline - time.monotonic())
+    def dial(self, host: str, port: int, silence: float) -> Wire:
+        """Connect, with one deadline for all of the name's addresses, from when they are known on."""
+        found = [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        deadline = time.monotonic() + self.seconds
+        while True:
+            left = max(0.001, deadline - time.monotonic())
             try:
-                sock = socket.create_connection((found.pop(0), address[1]), min(silence, left))
-                return Wire(sock, self.deadline, silence).arm()  # what is left is for TLS's handshake
+                self.sock = socket.create_connection((found.pop(0), port), min(silence, left))
+                return Wire(self.sock, deadline, silence)
             except OSError:
                 if not found:
                     raise
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """What urllib calls for http:."""
-        return self.do_open(functools.partial(self.connection, http.client.HTTPConnection), request)
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """What urllib calls for https:."""
-        kind = functools.partial(self.connection, http.client.HTTPSConnection)
-        return self.do_open(kind, request, context=self.tls())
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def close(self) -> None:
         """Close the call's socket: also what urllib calls when the handler is of no more use."""
@@ -1779,7 +1715,8 @@ class Refusal(Exception):
 
     def __init__(self, status: int, kind: str, text: str, headers: dict[str, str] | None = None, **more: Any) -> None:
         super().__init__(text)
-        self.status, self.type, self.headers, self.more = status, kind, headers or {}, more
+        self.status, self.headers = status, headers or {}
+        self.payload = {"success": False, "error": {"type": kind, "message": text}, **more}
 
 
 class Connection(Wire):
@@ -2006,12 +1943,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:  # a bug too is answered, and the daemon lives
             log.error("internal error: %s", describe(error))
             refusal = Refusal(500, "internal", "internal error: the log has more")
-        status = refusal.status if refusal else 200
+        status, headers = 200, {}
         if refusal:
-            payload = {"success": False, "error": {"type": refusal.type, "message": str(refusal)}, **refusal.more}
+            status, payload, headers = refusal.status, refusal.payload, refusal.headers
             self.note += f" error={refusal}"
         if status:
-            self.answer(status, payload, refusal.headers if refusal else {})
+            self.answer(status, payload, headers)
         path = self.path.partition("?")[0][:200]  # the query may hold the token
         took = time.monotonic() - started
         log.info("%s %s %s client=%s%s seconds=%.3f", self.command, path, status or "-", self.client, self.note, took)
@@ -2072,7 +2009,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @contextlib.contextmanager
     def body(self) -> Iterator[bytes]:
         """The request's body, counted among all that are being received until the caller has done. Raises Refusal."""
-        server, limit, pieces, held = self.server, self.server.config.max_body, [], 0
+        server, limit, body, held = self.server, self.server.config.max_body, io.BytesIO(), 0
         too_large = Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
         if (self.length or 0) > limit:
             raise too_large
@@ -2087,8 +2024,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
                     server.receiving += n
                     held += n
-                pieces.append(self.rfile.read(n))
-                if len(pieces[-1]) < n:
+                if body.write(self.rfile.read(n)) < n:
                     raise ConnectionResetError("closed in the middle of a body")
                 if self.length is None and self.rfile.read(2) != b"\r\n":
                     raise Refusal(400, "malformed_request", "a chunk is longer than its size")
@@ -2096,8 +2032,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refusal(400, "malformed_request", "a trailer is malformed")
             self.unread = False
             self.request.since = math.inf
-            pieces = [b"".join(pieces)]
-            yield pieces[0]
+            yield body.getvalue()
         finally:
             with server.lock:
                 server.receiving -= held
@@ -2126,28 +2061,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def webhook(self) -> dict[str, Any]:
         """Take a webhook's alerts: each one's state, in the webhook's order, once they are on disk. Raises Refusal."""
         self.authorize()
-        queue_, archiver = self.server.queue, self.server.archiver
-        states, numbers = self.take()
-        good = [state for state in states if "error" not in state]
-        if states and not good:
+        alerts, numbers = self.take()
+        try:
+            queued = self.server.queue.wait(numbers, self.server.config.wait, self.server.archiver.hopeless)
+        except QueueError:  # they are on disk: that is what this answer has to say
+            queued = dict.fromkeys(numbers, ("webhooks", None))
+        states: list[dict[str, Any]] = []
+        jobs = iter(numbers)
+        for alert in alerts:
+            state, trouble = "archived", None
+            if isinstance(alert, Rejected):
+                state, trouble = "rejected", {"type": "invalid_alert", "message": alert.message}
+            elif (number := next(jobs)) in queued:
+                step, error = queued[number]
+                state, trouble = "queued", json.loads(error) if error else self.server.archiver.trouble(step)
+            states.append({"id": alert.id, "state": state, **({"error": trouble} if trouble else {})})
+        if alerts and not numbers:
             more = f" (and {len(states) - 1} more)" if len(states) > 1 else ""
             raise Refusal(400, "invalid_alert", states[0]["error"]["message"] + more, alerts=states)
-        try:
-            queued = queue_.wait(numbers, self.server.config.wait, archiver.hopeless)
-        except QueueError:  # they are on disk: that is what this answer has to say
-            queued = {number: ("webhooks", None) for number in numbers}
-        for state, number in zip(good, numbers, strict=False):  # the last number may be that of the whole webhook
-            if number in queued:
-                step, error = queued[number]
-                state["state"] = "queued"
-                if trouble := json.loads(error) if error else archiver.trouble(step):
-                    state["error"] = trouble
         return {"alerts": states}
 
-    def take(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """Put a webhook's alerts on disk: each one's state, and the numbers of the jobs. Raises Refusal."""
-        states: list[dict[str, Any]] = []
-        arrivals: list[Arrival] = []
+    def take(self) -> tuple[list[Arrival | Rejected], list[int]]:
+        """Put a webhook on disk: what it says, and the numbers of the good alerts' jobs. Raises Refusal."""
+        alerts: list[Arrival | Rejected] = []
         problem = ""
         with self.body() as body:
             try:
@@ -2157,28 +2093,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         alerts = read_webhook(body)
                     finally:
                         gc.enable()
-                for alert in alerts:
-                    states.append({"id": alert.id, "state": "archived"})
-                    if isinstance(alert, Arrival):
-                        arrivals.append(alert)
-                    else:
-                        error = {"type": "invalid_alert", "message": alert.message}
-                        states[-1].update(state="rejected", error=error)
             except (Malformed, RecursionError) as why:  # at one exact depth the whole is read, and its parts are not
                 problem = str(why)
-            self.note = f" bytes={len(body)} alerts={len(arrivals)} rejected={len(states) - len(arrivals)}"
-            if problem or len(arrivals) < len(states):
+            good = [alert for alert in alerts if isinstance(alert, Arrival)]
+            self.note = f" bytes={len(body)} alerts={len(good)} rejected={len(alerts) - len(good)}"
+            rejected = []
+            if problem or len(good) < len(alerts):
                 # Nothing that presented the token is lost, whatever it is.
                 minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
-                arrivals.append(Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body))
+                rejected = [Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body)]
             try:
-                numbers = self.server.queue.put(arrivals) if arrivals else []
+                numbers = self.server.queue.put(good + rejected) if good or rejected else []
             except QueueError as error:
                 raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
         self.server.archiver.wake.set()
         if problem:
             raise Refusal(400, "malformed_webhook", problem)
-        return states, numbers
+        return alerts, numbers[: len(good)]
 
     def authorize(self) -> None:
         """Raises Refusal unless the request presents a webhook token, or none is set."""
