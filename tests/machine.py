@@ -62,21 +62,30 @@ class Machine:
 
     def __init__(self, release, folder):
         self.release, self.console = release, folder / "console"
+        self.name = f"ts3d-{os.getpid()}-{release}"
         self.process = self.leader = None
 
     def boot(self):
         rclone = Rclone.binary()
+        # A cgroup of its own: `--keep-unit` takes that of its caller, and two systemds in one would kill each other's.
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+        self.groups = [
+            Path(mount[1]) / self.name for mount in mounts if mount[2] == "cgroup2" or "name=systemd" in mount[3]
+        ]
+        for group in self.groups:
+            group.mkdir(exist_ok=True)
         with self.console.open("wb") as console:
             self.process = subprocess.Popen(
                 [
                     *("systemd-nspawn", "--quiet", "--boot", "--directory", base(self.release)),
-                    *("--machine", f"ts3d-{os.getpid()}-{self.release}", "--volatile=overlay", "--private-network"),
+                    *("--machine", self.name, "--volatile=overlay", "--private-network"),
                     *("--register=no", "--keep-unit", "--link-journal=no", "--console=pipe"),
                     *("--bind-ro", f"{rclone}:/usr/local/bin/rclone"),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
+                preexec_fn=lambda: [(group / "cgroup.procs").write_text("0") for group in self.groups],
                 # Where the host's own cgroups are of the old kind, systemd 257 would not boot with them.
                 env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
             )
@@ -173,3 +182,7 @@ class Machine:
         if self.process and self.process.poll() is None:
             os.kill(int(self.leader or self.process.pid), signal.SIGKILL)
             self.process.wait(30)
+            for group in self.groups:
+                for folder in sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True):
+                    folder.rmdir()
+                group.rmdir()
