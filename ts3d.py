@@ -2206,11 +2206,14 @@ def watchdog() -> float:
     return float(os.environ.get("WATCHDOG_USEC") or "inf") / 1e6 if ours else math.inf
 
 
-def tell_systemd(queue_: Queue, archiver: Archiver) -> None:
-    """Feed the watchdog while every thread moves, and say what is queued and what stands in its way."""
+def tell_systemd(queue_: Queue, archiver: Archiver, late_before: list[str]) -> list[str]:
+    """Feed the watchdog while every thread moves, and say what is queued and what stands in its way.
+
+    Returns the names of the threads that are late; `late_before` are those of the last time.
+    """
     late = sorted(name for name, moment in MOVES_BY.items() if moment < time.monotonic())
-    if late:
-        log.error("threads that do not move: %s", ", ".join(late))
+    if late != late_before:
+        log.error("threads that do not move: %s", ", ".join(late) or "none any more")
     try:
         queued, failed, _ = queue_.counts()
         status = f"{queued} queued, {failed} failed"
@@ -2219,6 +2222,7 @@ def tell_systemd(queue_: Queue, archiver: Archiver) -> None:
     for hold in (archiver.s3.hold, archiver.threatstack.hold):
         status += f"; {hold.error}" if hold else ""
     notify(f"STATUS={status}" + ("" if late else "\nWATCHDOG=1"))
+    return late
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2281,7 +2285,7 @@ def serve(config: Config) -> int:
 
 def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]) -> Exception | None:
     """Look after the other threads until a signal (None) or something that it returns ends the daemon."""
-    next_word, pause = 0.0, min(2.0, watchdog() / 4)
+    next_word, pause, late = 0.0, min(2.0, watchdog() / 4), list[str]()
     # The signals are blocked, and looked for: a handler could run at any moment, with any lock held, and CPython's
     # sigtimedwait takes an interruption after its time-out, such as SIGCONT, for one of them.
     while not STOP_SIGNALS & signal.sigpending():
@@ -2293,7 +2297,7 @@ def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]
         queue_.beat()
         if time.monotonic() >= next_word:
             next_word = time.monotonic() + pause
-            tell_systemd(queue_, archiver)
+            late = tell_systemd(queue_, archiver, late)
         if damage := queue_.damage():
             return QueueError(f"the queue is malformed ({damage}): the next start moves it aside")
         if not all(thread.is_alive() for thread in threads):
