@@ -1618,7 +1618,8 @@ class S3(Upstream):
         if head.status == 404:
             self._bucket_is_there = True
             return False
-        raise reason if reason and reason.type not in ("s3_AccessDenied", "s3_403") else self._unreadable(client)
+        other = reason and 400 <= reason.status < 500 and reason.type not in ("s3_AccessDenied", "s3_403")
+        raise reason if reason and other else self._unreadable(client)
 
     def _unreadable(self, client: Any) -> UpstreamError:
         """What to say where objects may not be looked for: the least policy with which they may."""
