@@ -182,7 +182,7 @@ def test_a_stopping_daemon_takes_a_request_that_has_begun(daemon, s3):
         sock.sendall(head.encode())
         until(lambda: daemon.health())
         daemon.process.terminate()
-        until(lambda: daemon.logged("stopping"))
+        until(lambda: daemon.logged("INFO stopping"))
         sock.sendall(body)
         answer = sock.recv(65536)
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
