@@ -2515,7 +2515,7 @@ class Backfill:
                     if refused or time.monotonic() + pause - began > PATIENCE:
                         raise
                     self.note = f"trying again: {error}"
-                nap(max(pause, backoff(tries, 30.0)))
+                nap(pause or backoff(tries, 30.0))
 
     def pages(self) -> Iterator[str]:
         """The list of alerts, page by page: the text of a JSON array each. Raises UpstreamError."""
