@@ -2623,9 +2623,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("serve", parents=[option], help="the daemon (the default command)")
     commands.add_parser("check", parents=[option], help="say whether everything is in place")
     fill = commands.add_parser("backfill", parents=[option], help="archive what the API lists and S3 lacks")
-    for name, meaning in (("--from", "from then on, by default where the last run ended"), ("--until", "up to then")):
-        meaning += "; a time (RFC 3339), a date (UTC), or an age such as 2h"
-        fill.add_argument(name, dest=name.strip("-"), metavar="T", type=moment, help=meaning)
+    form = "a time (RFC 3339), a date (UTC), or an age such as 2h"
+    fill.add_argument("--from", dest="since", metavar="T", type=moment, help=f"{form}; by default where it left off")
+    fill.add_argument("--until", metavar="T", type=moment, help="the same; by default now")
     chosen = parser.parse_args(arguments)
     path = getattr(chosen, "config", None) or next(filter(os.path.exists, CONFIG_FILES), CONFIG_FILES[-1])
     try:
@@ -2634,7 +2634,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(path)
         start_log(config.level)
         if chosen.command == "backfill":
-            return backfill(config, getattr(chosen, "from"), chosen.until)
+            return backfill(config, chosen.since, chosen.until)
         return serve(config)
     except ConfigError as error:
         print(f"ts3d: {printable(redact(str(error)))}", file=sys.stderr)
