@@ -30,6 +30,7 @@ import http.server
 import importlib.util
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -38,6 +39,7 @@ import queue
 import random
 import re
 import resource
+import secrets
 import select
 import signal
 import socket
@@ -52,7 +54,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -460,11 +462,11 @@ def read_webhook(body: bytes) -> list[Arrival | Rejected]:
     return [read_alert(literal, f"alerts[{i}].") for i, (_, _, literal) in enumerate(parts(lists[0]))]
 
 
-def read_alert(text: str, place: str) -> Arrival | Rejected:
-    """One alert, given its text and, for messages, what comes before its members' names."""
+def read_alert(text: str, place: str, time_of: str = "created_at", step: str = "webhooks") -> Arrival | Rejected:
+    """One alert, given its text, what comes before its members' names in messages, and which member is its time."""
     if not text.startswith("{"):
         return Rejected(None, f"{place.rstrip('.')}: not an object")
-    found: dict[str, list[tuple[Any, str]]] = {"id": [], "created_at": []}
+    found: dict[str, list[tuple[Any, str]]] = {"id": [], time_of: []}
     for name, value, literal in parts(text):
         if name in found:
             found[name].append((value, literal))
@@ -476,9 +478,9 @@ def read_alert(text: str, place: str) -> Arrival | Rejected:
     if id_ is None or not ALERT_ID.fullmatch(id_):
         return Rejected(id_, f"{place}id: {excerpt(id_literal)} is not 4 to 128 of A-Z a-z 0-9 _ -")
     try:
-        return Arrival(id_, minute_of(created_at, literal), "webhooks", text.encode())
+        return Arrival(id_, minute_of(created_at, literal), step, text.encode())
     except (ValueError, OverflowError) as error:
-        return Rejected(id_, f"{place}created_at: {excerpt(literal)} {error}")
+        return Rejected(id_, f"{place}{time_of}: {excerpt(literal)} {error}")
 
 
 def excerpt(literal: str) -> str:
@@ -700,7 +702,8 @@ class Queue:
     def put(self, arrivals: list[Arrival]) -> list[int]:
         """Queue these durably, all or none, and return their jobs' numbers.
 
-        The same id with the same bytes is one job; where that one had failed, it is tried anew. Raises QueueError.
+        The same id with the same bytes is one job; where that one had failed, it is tried anew. What backfill found is
+        not queued beside any job of its id: that one writes the detail. Raises QueueError.
         """
         bytes_ = sum(len(arrival.body) for arrival in arrivals)
         now = time.time()
@@ -722,7 +725,8 @@ class Queue:
         return self._write(run)
 
     def _put_one(self, db: sqlite3.Connection, new: Arrival, now: float) -> int:
-        same = db.execute("SELECT number, failed FROM jobs WHERE id = ? AND body = ?", (new.id, new.body)).fetchone()
+        sql = "SELECT number, failed FROM jobs WHERE id = ? AND (body = ? OR ?) ORDER BY failed LIMIT 1"
+        same = db.execute(sql, (new.id, new.body, new.step == "backfill")).fetchone()
         if same:
             if same[1]:
                 anew = "failed = 0, due = 0, tries = 0, waited = 0, error = NULL"
@@ -964,6 +968,32 @@ class Queue:
         age = max(0.0, time.time() - oldest[0][0]) if oldest else 0.0
         return counts.get(0, 0), counts.get(1, 0), age
 
+    def queued(self, ids: Iterable[str]) -> set[str]:
+        """Those of these ids that have a job that has not failed. Raises QueueError."""
+        with self._lock:
+            rows = [self._read("SELECT id FROM jobs WHERE id = ? AND failed = 0 LIMIT 1", id_) for id_ in ids]
+        return {row[0][0] for row in rows if row}
+
+    def backfilled(self, since: float = 0, until: float = 0) -> float | None:
+        """Until when backfill has seen all alerts (seconds since the epoch), None where it has never run to its end.
+
+        A run that saw those of `since` … `until` moves that, unless a gap would be left. Raises QueueError.
+        """
+
+        def run(db: sqlite3.Connection) -> float | None:
+            # Made by the only command that needs it: no other has to know of it, so it is no other version of the file.
+            db.execute("CREATE TABLE IF NOT EXISTS backfill (until REAL NOT NULL) -- one row, once a run was complete")
+            row = db.execute("SELECT until FROM backfill").fetchone()
+            # One beyond now was left by a clock that was wrong.
+            known = row[0] if row and row[0] <= time.time() else None
+            if until and (known is None or since <= known < until):
+                db.execute("DELETE FROM backfill")
+                db.execute("INSERT INTO backfill (until) VALUES (?)", (until,))
+                return until
+            return known
+
+        return self._write(run)
+
     def close(self, seconds: float = 30) -> None:
         """Write what waits, for `seconds` at most, and close: the last to close empties the write-ahead log."""
         self._closing = True
@@ -1015,6 +1045,7 @@ class UpstreamError(Exception):
     longest: float | None = LONGEST_PAUSE
     blames: "Upstream | None" = None
     doubtful = False
+    status = 0  # HTTP's, 0 where there was no answer
 
     def __init__(self, upstream: str, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> None:
         super().__init__(printable(redact(text))[:500])
@@ -1150,11 +1181,15 @@ class Upstream:
         raise NotImplementedError
 
     def works(self) -> bool:
-        """Whether that call succeeds."""
+        """Whether that call succeeds; a hold forbids it like any other, and it may begin one."""
         started = time.monotonic()
+        if self.hold:
+            return False
         try:
             self.check()
-        except UpstreamError:
+        except UpstreamError as error:
+            if error.scope == "all":
+                self._learn(error, 0, started)
             return False
         self._succeed(started)
         return True
@@ -1278,14 +1313,30 @@ class ApiHandler(urllib.request.BaseHandler):
             self.sock.close()
 
 
+def hawk(config: Config, url: str) -> str:
+    """The `Authorization` of one GET, signed by Hawk 1 with a time and a nonce of its own.
+
+    https://github.com/mozilla/hawk/blob/main/API.md. There is no body, so no hash of one.
+    """
+    to, now, nonce = urllib.parse.urlsplit(url), int(time.time()), secrets.token_urlsafe(9)
+    port = to.port or {"http": 80, "https": 443}[to.scheme]
+    target = to.path + (f"?{to.query}" if to.query else "")
+    lines = ("hawk.1.header", now, nonce, "GET", target, to.hostname, port, "", config.organization_id, "")
+    mac = hmac.digest(config.api_key.encode(), "\n".join(map(str, lines)).encode(), "sha256")
+    ext, signature = config.organization_id, base64.b64encode(mac).decode()
+    return f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{signature}"'
+
+
 class ThreatStack(Upstream):
-    """Threat Stack's REST API, version 1. https://apidocs.threatstack.com"""
+    """Threat Stack's REST API: version 1 with `auth = key`, version 2 with `hawk`. https://apidocs.threatstack.com"""
 
     name, title = "threatstack", "Threat Stack"
     MAX_BODY = 32 << 20  # bytes of an answer
+    MAX_SKEW = 60  # seconds that Hawk's clocks may differ
     CAUSES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 429: "rate_limited"}
     REFUSALS = {
         "unauthorized": ("all", "is [threatstack] api_key right?"),
+        "clock": ("all", "set this machine's clock right, by NTP for example: Hawk allows it a minute"),
         "forbidden": ("some", "may [threatstack] api_key read alerts?"),
         "not_found": ("alert", "not there yet, or is [threatstack] base_url right?"),
         "rate_limited": ("all", ""),
@@ -1293,10 +1344,13 @@ class ThreatStack(Upstream):
             ("301", "302", "303", "307", "308"), ("some", "not followed: is [threatstack] base_url right?")
         ),
     }
+    HAWK_REFUSALS = {"unauthorized": ("all", "are [threatstack] user_id, api_key and organization_id right?")}
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        if config.auth == "hawk":
+            self.REFUSALS = {**self.REFUSALS, **self.HAWK_REFUSALS}
         # While Threat Stack hangs, some workers must be left for webhooks, which need only S3.
         self.seats = max(1, config.workers - max(1, config.workers // 8))
         # A call that hangs must not keep its alert for the whole of a long time-out once Threat Stack is back.
@@ -1305,11 +1359,33 @@ class ThreatStack(Upstream):
         self.tls = functools.lru_cache(1)(ssl.create_default_context)
 
     def get(self, path: str, id_: str | None = None) -> bytes:
-        """The API's answer to GET `path`, checked to be JSON and to speak of alert `id_`. Raises UpstreamError."""
+        """The API's answer to GET `path`, checked to be JSON and no error, and to be of alert `id_` where one is named.
+
+        Raises UpstreamError.
+        """
+        body = self._fetch(self.config.base_url + path)
+        try:
+            _, value = read_json(body)
+        except Malformed as error:
+            raise self.error("bad_answer", f"the answer is {error}") from None
+        members = value if isinstance(value, dict) else {}
+        if id_ and (members is not value or members.get("id", id_) != id_):
+            raise self.error("bad_answer", "the answer is not this alert's detail")
+        if not isinstance(value, (dict, list)):
+            raise self.error("bad_answer", "the answer is neither an object nor a list")
+        is_error = "errors" in members or members.get("status") == "error"
+        if value == {} or ("id" not in members and is_error):
+            raise self.error("bad_answer", "the answer is an error with status 200")
+        return body
+
+    def _fetch(self, url: str) -> bytes:
+        """The body of the 200 to GET `url`. Raises UpstreamError."""
         headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Authorization": self.config.api_key}
-        if self.config.organization_id:
+        if self.config.auth == "hawk":
+            headers["Authorization"] = hawk(self.config, url)
+        elif self.config.organization_id:
             headers["Organization"] = self.config.organization_id
-        request = urllib.request.Request(self.config.base_url + path, headers=headers)
+        request, sent = urllib.request.Request(url, headers=headers), time.time()
         # An opener with this handler alone: no redirect is followed (the key would leave with it), no proxy of the
         # environment obeyed, no file: opened, and an error status is an answer like any other.
         opener = urllib.request.OpenerDirector()
@@ -1328,25 +1404,39 @@ class ThreatStack(Upstream):
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of size -2
             raise self.error("broken_off", f"the answer broke off: {error}") from None
         if response.status != 200:
-            cause = self.CAUSES.get(response.status, str(response.status))
-            said = f"{response.status} {body[:4000].decode(errors='replace')}"
-            raise self.error(cause, said, retry_after=retry_after(response.headers))
+            raise self._refusal(response, body, sent)
         if len(body) > self.MAX_BODY:
             raise self.error("bad_answer", f"an answer of over {self.MAX_BODY} bytes")
         if response.length:  # read(n) returns what came where the peer closed early
             raise self.error("broken_off", f"the answer broke off {response.length} bytes before its end")
-        try:
-            _, value = read_json(body)
-        except Malformed as error:
-            raise self.error("bad_answer", f"the answer is {error}") from None
-        if id_ and not (isinstance(value, dict) and value.get("id", id_) == id_):
-            raise self.error("bad_answer", "the answer is not this alert's detail")
-        if id_ and "id" not in value and (not value or "errors" in value or value.get("status") == "error"):
-            raise self.error("bad_answer", "the answer is an error with status 200")
         return body
 
+    def _refusal(self, response: http.client.HTTPResponse, body: bytes, sent: float) -> UpstreamError:
+        """What an answer that is no 200 means, to a request that was signed at `sent`."""
+        cause = self.CAUSES.get(response.status, str(response.status))
+        said = f"{response.status} {body[:4000].decode(errors='replace')}"
+        if response.status == 401 and self.config.auth == "hawk":
+            skew = self._clock_of(response.headers) - int(sent)
+            if abs(skew) >= self.MAX_SKEW:  # NaN is not
+                cause, said = "clock", f"it is {abs(skew):.0f} s {'slow' if skew > 0 else 'fast'}: {said}"
+        error = self.error(cause, said, retry_after=retry_after(response.headers))
+        error.status = response.status
+        return error
+
+    @staticmethod
+    def _clock_of(headers: Any) -> float:
+        """What the server's clock says (seconds since the epoch), by Hawk's own word or by HTTP's date; else NaN."""
+        if match := re.match(r'(?i)Hawk (?:.*[ ,])?ts="([0-9]{1,12})"', headers.get("WWW-Authenticate", "")):
+            return float(match[1])
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return float(calendar.timegm(parsedate_to_datetime(headers.get("Date", "")).utctimetuple()))
+        return math.nan
+
     def check(self) -> str:
-        """Ask for a list of one alert."""
+        """Ask for a list of one alert; of version 2, which has an address for it, whether the signature is right."""
+        if self.config.auth == "hawk":
+            self._fetch(urllib.parse.urljoin(self.config.base_url, "/help/hawk/self-test"))
+            return f"{self.config.base_url} takes the signature"
         self.get("/alerts?count=1")
         return f"{self.config.base_url} takes the key"
 
@@ -1363,6 +1453,7 @@ class S3(Upstream):
     """
 
     name, title = "s3", "S3"
+    HEADS = 8  # objects that backfill looks for at once
     CREDENTIALS = (
         *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
         *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"),
@@ -1385,6 +1476,7 @@ class S3(Upstream):
         super().__init__()
         self.config = config
         self._client: Any = None
+        self._bucket_is_there = False  # as far as a HEAD's 404 is concerned
         self._extra: dict[str, Any] = {}
         self._connecting = threading.Lock()
 
@@ -1453,12 +1545,10 @@ class S3(Upstream):
 
     def put(self, name: str, body: bytes, content_type: str) -> None:
         """Write an object; `IfNoneMatch = *` leaves one that is there. Raises UpstreamError, ConfigError."""
-        client = self.client()
-        import botocore.exceptions
-
+        self.client()
         try:
-            answer = client.put_object(
-                Bucket=self.config.bucket,
+            answer = self._ask(
+                "put_object",
                 Key=self.key(name),
                 Body=body,
                 ContentType=content_type,
@@ -1466,20 +1556,74 @@ class S3(Upstream):
                 ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
                 **self._extra,
             )
-            if not answer.get("ETag"):  # botocore takes any 200 for success, also a proxy's page
-                raise self.error("bad_answer", "a 200 without an ETag is not S3's answer")
+        except UpstreamError as error:
+            if error.status == 412 and "IfNoneMatch" in self._extra:
+                return  # it is there already
+            if error.status == 409 and "IfNoneMatch" in self._extra:
+                error.scope = "alert"  # another writer is at the same key
+            raise
+        if not answer.get("ETag"):  # botocore takes any 200 for success, also a proxy's page
+            raise self.error("bad_answer", "a 200 without an ETag is not S3's answer")
+
+    def exists(self, name: str) -> bool:
+        """Whether an object is there. Raises UpstreamError, ConfigError."""
+        client = self.client()
+        members = client.meta.service_model.operation_model("HeadObject").input_shape.members
+        # What an object was written with, such as a customer's key, it may take for reading too; but no condition.
+        extra = {k: value for k, value in self._extra.items() if k in members and not k.startswith("If")}
+        try:
+            self._ask("head_object", Key=self.key(name), **extra)
+            return True
+        except UpstreamError as error:
+            if error.status not in (403, 404):
+                raise
+            head = error
+        # An answer to HEAD has no body that would give the reason: one to a list does.
+        reason: UpstreamError | None = None
+        if head.status == 403 or not self._bucket_is_there:
+            try:
+                self._ask("list_objects_v2", MaxKeys=1, Prefix=self.key(name))
+            except UpstreamError as error:
+                reason = error
+        if reason and reason.type == "s3_NoSuchBucket":
+            raise reason
+        if head.status == 404:
+            self._bucket_is_there = True
+            return False
+        other = reason and 400 <= reason.status < 500 and reason.type not in ("s3_AccessDenied", "s3_403")
+        raise reason if reason and other else self._unreadable(client)
+
+    def _unreadable(self, client: Any) -> UpstreamError:
+        """What to say where objects may not be looked for: the least policy with which they may."""
+        bucket = self.config.bucket
+        if not bucket.startswith("arn:"):
+            bucket = f"arn:{client.meta.partition}:s3:::{bucket}"
+        below = f"{bucket}/object" if ":accesspoint" in bucket else bucket
+        allowed = {"s3:GetObject": f"{below}/{self.key('alerts/*')}", "s3:ListBucket": bucket}
+        policy = [{"Effect": "Allow", "Action": action, "Resource": on} for action, on in allowed.items()]
+        said = json.dumps({"Version": "2012-10-17", "Statement": policy})
+        error = self.error("unreadable", "403 for a look at whether an object is there")
+        error.args = (f"{error}. These credentials need this policy beside that of `ts3d serve`: {said}",)
+        error.status = 403
+        return error
+
+    def _ask(self, operation: str, **parameters: Any) -> Any:
+        """The answer to this operation of boto3's client. Raises UpstreamError, ConfigError."""
+        client = self.client()
+        import botocore.exceptions
+
+        try:
+            return getattr(client, operation)(Bucket=self.config.bucket, **parameters)
         except botocore.exceptions.ClientError as error:
             metadata = error.response.get("ResponseMetadata", {})
             status = metadata.get("HTTPStatusCode", 0)
-            if status == 412 and "IfNoneMatch" in self._extra:
-                return  # it is there already
             code = str(error.response.get("Error", {}).get("Code") or status)
-            scope = "all" if status in (401, 429) else "some"
-            if status == 409 and "IfNoneMatch" in self._extra:
-                scope = "alert"  # another writer is at the same key
             self._forget(client, code)
             headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
-            raise self.error(code, str(error), scope, retry_after(headers)) from None
+            scope = "all" if status in (401, 429) else "some"
+            refusal = self.error(code, str(error), scope, retry_after(headers))
+            refusal.status = status
+            raise refusal from None
         except (botocore.exceptions.BotoCoreError, OSError) as error:
             passing = (
                 botocore.exceptions.ReadTimeoutError,
@@ -1527,22 +1671,39 @@ class Object(NamedTuple):
     """One kind of object: the step that writes it, also its key's beginning, and the rest of its key.
 
     `path` is the API's that its body comes from, None where that is what the job carries; `then` the next step.
+    `late`: it waits until Threat Stack is free for it. `wanted`: whether it is written with this configuration; where
+    it is not, its step is passed over.
     """
 
     step: str
-    key: str
+    rest: str
     path: str | None = None
     then: str | None = None
     content_type: str = "application/json"
+    late: bool = False
+    wanted: Callable[[Config], bool] = lambda config: True
+
+    def name(self, alert: Arrival | Job) -> str:
+        """The object's key, but for the prefix."""
+        return f"{self.step}/{self.rest.format(alert=alert, first=alert.id[0:2], second=alert.id[2:4])}"
 
 
 # The detail is written last, so that where it is, all of its alert is.
 OBJECTS = {
     o.step: o
     for o in (
-        Object("webhooks", "{job.minute}/{job.id}", then="alerts"),
-        Object("alerts", "{first}/{second}/{job.id}", path="/alerts/{job.id}"),
-        Object("rejected", "{job.minute}/{job.id}", content_type="application/octet-stream"),
+        Object("webhooks", "{alert.minute}/{alert.id}", then="events"),
+        # Thousands may come at once. What comes by webhook is begun before them, and so has the API first.
+        Object("backfill", "{alert.minute}/{alert.id}", then="events", late=True),
+        Object(
+            "events",
+            "{first}/{second}/{alert.id}",
+            path="/alerts/{alert.id}/events",
+            then="alerts",
+            wanted=lambda config: config.auth == "hawk" and bool(config.events),
+        ),
+        Object("alerts", "{first}/{second}/{alert.id}", path="/alerts/{alert.id}"),
+        Object("rejected", "{alert.minute}/{alert.id}", content_type="application/octet-stream"),
     )
 }
 
@@ -1554,7 +1715,12 @@ class Archiver:
         self.config, self.queue = config, queue_
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
         self.threatstack.on_hold = self.s3.on_hold = queue_.stir
-        self.needs = {step: (self.threatstack, self.s3) if o.path else (self.s3,) for step, o in OBJECTS.items()}
+        begun = [step for step, o in OBJECTS.items() if o.path]
+        late = [step for step, o in OBJECTS.items() if o.late]
+        arrived = [step for step in OBJECTS if step not in (*begun, *late)]
+        both: tuple[Upstream, ...] = (self.threatstack, self.s3)
+        self.turns = ((begun, both), (arrived, (self.s3,)), (late, both))  # who comes first, and what each needs
+        self.needs = {step: upstreams for steps, upstreams in self.turns for step in steps}
         self.wake = threading.Event()  # there may be something to hand out
         self.stopping = threading.Event()
         self.fatal: Exception | None = None
@@ -1604,13 +1770,12 @@ class Archiver:
             promise(LONGEST_TURN)
             self.wake.clear()
             try:
-                # Alerts that were begun come first.
-                for upstreams in ((self.threatstack, self.s3), (self.s3,)):
+                for steps, upstreams in self.turns:
                     n = 2 * self.config.workers - self.queue.taken()
                     for upstream in upstreams:
                         n = upstream.free(n)
                     if n > 0:
-                        jobs = self.queue.take([s for s, needed in self.needs.items() if needed == upstreams], n)
+                        jobs = self.queue.take(steps, n)
                         for upstream in upstreams:
                             upstream.admit(jobs)
                         for job in jobs:
@@ -1644,11 +1809,13 @@ class Archiver:
         step: str | None = job.step
         try:
             while step:
-                job.step = step
-                if self.stopping.is_set() or not self._may_begin(job):
-                    return self.queue.release(job) if step == first else self.queue.retry(job)
-                keys.append(self._write_object(job))
-                step = OBJECTS[step].then
+                object_ = OBJECTS[step]
+                if object_.wanted(self.config):  # what is passed over stays to be done while the alert is not whole
+                    if self.stopping.is_set() or not self._may_begin(job):
+                        return self.queue.release(job) if job.step == first else self.queue.retry(job)
+                    keys.append(self._write_object(job, object_))
+                    job.step = object_.then or step
+                step = object_.then
         except UpstreamError as error:
             return self._put_off(job, error, time.monotonic() - started)
         self.queue.done(job)
@@ -1663,16 +1830,16 @@ class Archiver:
             self.threatstack.admit([job])
         return True
 
-    def _write_object(self, job: Job) -> str:
-        """Get the body of the object that the job's step names, put it into S3, and return its key."""
+    def _write_object(self, job: Job, object_: Object) -> str:
+        """Get the body of one of the job's objects, put it into S3, and return its key."""
         promise(self.config.timeout + LONGEST_CALLS)
-        object_ = OBJECTS[job.step]
         if object_.path:
-            body = self.threatstack.call(job, self.threatstack.get, object_.path.format(job=job), job.id)
+            named = None if object_.then else job.id  # only the detail says whose it is
+            body = self.threatstack.call(job, self.threatstack.get, object_.path.format(alert=job), named)
             self.threatstack.leave(job)
         else:
             body = self.queue.body(job)
-        name = f"{job.step}/{object_.key.format(job=job, first=job.id[0:2], second=job.id[2:4])}"
+        name = object_.name(job)
         self.s3.call(job, self.s3.put, name, body, object_.content_type)
         return self.s3.key(name)
 
@@ -2235,9 +2402,7 @@ STOP_WITHIN = 7.0  # seconds from SIGTERM for what is at work; systemd and init 
 
 def require_upstreams(config: Config) -> None:
     """Raises ConfigError unless all is there that archiving needs."""
-    if config.auth == "hawk":
-        raise ConfigError(f"{config.file}: [threatstack] auth = 'hawk': API v2 is not supported yet, only `key`")
-    config.require("bucket", "api_key")
+    config.require("bucket", "api_key", *(("user_id", "organization_id") if config.auth == "hawk" else ()))
     if not importlib.util.find_spec("boto3"):
         raise ConfigError("boto3 is missing: apt install python3-boto3, or pip install boto3")
 
@@ -2347,6 +2512,192 @@ def check_queue(config: Config) -> str:
     return f"{config.path}: {queued} queued, {failed} failed"
 
 
+BACKFILL_WAITS = 1000  # jobs that are queued when backfill adds no more
+PATIENCE = 120.0  # seconds for which backfill tries again where something is away
+OVERLAP, FIRST_TIME = 3600.0, 86400.0  # seconds by which it goes back: an alert may be listed late; the first time
+
+
+def moment(text: str) -> float:
+    """Seconds since the epoch of an RFC 3339 time, a date (UTC) or an age. Raises argparse.ArgumentTypeError."""
+    if match := re.fullmatch(f"([0-9]{{1,12}})([{''.join(TIME)}])", text):
+        seconds = time.time() - int(match[1]) * TIME[match[2]]
+    else:
+        with_time = f"{text}T00:00:00Z" if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) else text
+        try:
+            match = RFC_3339.fullmatch(with_time)
+            when = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}")  # type: ignore[index]
+            seconds = when.timestamp() + float(re.match("[0-9.]+", with_time[17:])[0])  # type: ignore[index]
+        except (ValueError, TypeError, OverflowError):
+            what = "neither a time such as 2026-11-24T18:00:00Z, nor a date, nor an age such as 2h (s, m, h or d)"
+            raise argparse.ArgumentTypeError(f"{text!r} is {what}") from None
+    if not 0 <= seconds < YEAR_10000 / 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not within the years 1970 to 9999")
+    return seconds
+
+
+def rfc_3339(seconds: float) -> str:
+    """A time in UTC, to the millisecond."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Backfill:
+    """One run of `ts3d backfill`: what it has seen (`listed` …), and what it waits for (`note`), if it does.
+
+    It keeps one page of the list at a time. Whatever ends it loses nothing: what it queued is on disk, and what is
+    queued or in S3 is not queued again.
+    """
+
+    def __init__(self, config: Config, since: float | None, until: float | None) -> None:
+        self.config, self.since = config, since
+        # What appears meanwhile is left to the next run: with one end for all pages, it moves none of them.
+        self.until = min(math.inf if until is None else until, time.time())
+        self.threatstack, self.s3 = ThreatStack(config), S3(config)
+        self.listed = self.there = self.waiting = self.queued = self.bad = 0
+        self.note = ""
+
+    def __str__(self) -> str:
+        """What was done so far, in words."""
+        said = f"{self.listed} listed, {self.there} there already, {self.queued} queued"
+        said += f", {self.waiting} in the queue already" if self.waiting else ""
+        return said + (f", {self.bad} malformed and not archived" if self.bad else "")
+
+    def run(self, pool: ThreadPoolExecutor) -> None:
+        """Queue what is missing, and remember that.
+
+        Raises ArgumentTypeError for a range that is empty, ConfigError, QueueError, UpstreamError.
+        """
+        with contextlib.closing(Queue(self.config.path, self.config.max_size)) as queue_:
+            known = self.insist(queue_.backfilled)
+            if self.since is None:
+                self.since = self.until - FIRST_TIME if known is None else known - OVERLAP
+            if self.since >= self.until:
+                begin = f"{rfc_3339(self.since)} (--from, or where the last run ended less an hour)"
+                raise argparse.ArgumentTypeError(f"{begin} is not before {rfc_3339(self.until)} (--until, or now)")
+            log.info("backfill: alerts from %s until %s", rfc_3339(self.since), rfc_3339(self.until))
+            for alerts in self.pages():
+                self.take(alerts, queue_, pool)
+            known = self.insist(queue_.backfilled, self.since, self.until)
+            if known and known < self.since:
+                log.info("backfill: the next run without --from goes on at %s: a gap is left", rfc_3339(known))
+
+    def insist(self, function: Callable[..., T], *args: Any) -> T:
+        """What `function` returns, which is tried again where an upstream limits the rate or is away for a while.
+
+        Raises UpstreamError, QueueError.
+        """
+        began, tries = time.monotonic(), 0
+        while True:
+            try:
+                result = function(*args)
+                self.note = ""
+                return result
+            except (UpstreamError, QueueError) as error:
+                tries += 1
+                status, pause = getattr(error, "status", 0), getattr(error, "retry_after", 0.0)
+                if status == 429:  # for however long
+                    began, self.note = time.monotonic(), "waiting: the rate of calls is limited"
+                else:
+                    refused = 300 <= status < 500 and status != 408
+                    refused = refused or getattr(error, "type", "").removeprefix("s3_") in S3.CREDENTIALS
+                    if refused or time.monotonic() + pause - began > PATIENCE:
+                        raise
+                    self.note = f"trying again: {error}"
+                nap(pause or backoff(tries, 30.0))
+
+    def pages(self) -> Iterator[str]:
+        """The list of alerts, page by page: the text of a JSON array each. Raises UpstreamError."""
+        since, until, before = rfc_3339(self.since or 0), rfc_3339(self.until), ""
+        for page in itertools.count() if self.config.auth == "key" else ():
+            text = self.page(start=since, end=until, count=100, page=page)
+            if not text.startswith("[") or text == before:  # the same page again and again would have no end
+                raise self.threatstack.error("bad_answer", "the list of alerts is no list, or has no end")
+            if next(parts(text), None) is None:
+                return
+            yield text
+            before = text
+        # In this order: an alert that is dismissed meanwhile is in the second list.
+        for status in ("active", "dismissed"):
+            more: dict[str, str] = {}
+            while True:
+                text = self.page(status=status, **{"from": since, "until": until}, **more)
+                members = {name: (value, literal) for name, value, literal in parts(text)} if text[0] == "{" else {}
+                (alerts, literal), (token, number) = members.get("alerts", ("", "")), members.get("token", (None, ""))
+                if not isinstance(alerts, list) or (token and more == {"token": token}):
+                    raise self.threatstack.error("bad_answer", "the list of alerts has no `alerts`, or has no end")
+                yield literal
+                if token is None or token == "":
+                    break
+                more = {"token": token if isinstance(token, str) else number}
+
+    def page(self, **parameters: Any) -> str:
+        """The text of the API's list of alerts with these parameters. Raises UpstreamError."""
+        body = self.insist(self.threatstack.get, f"/alerts?{urllib.parse.urlencode(parameters)}")
+        return read_json(body)[0]
+
+    def take(self, alerts: str, queue_: Queue, pool: ThreadPoolExecutor) -> None:
+        """Queue those of a page's alerts that S3 has no detail of. Raises ConfigError, QueueError, UpstreamError."""
+        time_of, found = "createdAt" if self.config.auth == "hawk" else "created_at", {}
+        for i, (_, _, literal) in enumerate(parts(alerts)):
+            alert = read_alert(literal, f"alerts[{i}].", time_of, "backfill")
+            self.listed += 1
+            if isinstance(alert, Arrival):
+                found[alert.id] = alert
+            else:
+                self.bad += 1
+                log.error("backfill: alert %s is not archived: %s", alert.id, alert.message)
+        # In this order: one that leaves the queue in between is in S3.
+        waiting = self.insist(queue_.queued, found)
+        rest = [alert for alert in found.values() if alert.id not in waiting]
+        there = list(pool.map(self.insist, itertools.repeat(self.s3.exists), map(OBJECTS["alerts"].name, rest)))
+        missing = [alert for alert, is_there in zip(rest, there, strict=True) if not is_there]
+        while missing and self.insist(queue_.counts)[0] >= BACKFILL_WAITS:
+            self.note = f"waiting: {BACKFILL_WAITS} alerts or more are queued"
+            nap(0.5)
+        if missing:
+            self.insist(queue_.put, missing)
+        self.waiting += len(waiting)
+        self.there += sum(there)
+        self.queued += len(missing)
+
+
+def backfill(config: Config, since: float | None, until: float | None) -> int:
+    """Queue the alerts of a time range (seconds since the epoch) that the API lists and S3 lacks."""
+    require_upstreams(config)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before there are threads, and looked for as in `serve`
+    run, begin, code = Backfill(config, since, until), time.monotonic(), 0
+    pool = ThreadPoolExecutor(1 + S3.HEADS)
+    work = pool.submit(run.run, pool)
+    shown, noted = begin, ""
+    while not work.done() and not STOP_SIGNALS & signal.sigpending():
+        nap(0.1)
+        now, note = time.monotonic(), run.note
+        said = f"{run}, {run.listed / (now - begin):.0f}/s{note and f'; {note}'}"
+        if sys.stderr.isatty():
+            # The cursor is left at the line's beginning, so that what is logged stands in its place.
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            print(f"\x1b[K{printable(redact(said))[: width - 1]}\r", end="", file=sys.stderr, flush=True)
+        elif now - shown > 10 or (note and note != noted and now - shown > 1):
+            log.info("backfill: %s", said)
+            shown, noted = now, note or noted
+    if sys.stderr.isatty():
+        print("\x1b[K", end="", file=sys.stderr, flush=True)
+    if not work.done():
+        print(f"backfill stopped: {run}", flush=True)
+        os._exit(130)  # as after SIGINT: threads may still wait for an upstream
+    try:
+        work.result()
+    except argparse.ArgumentTypeError as error:
+        complain(str(error))
+        return 2
+    except (UpstreamError, QueueError) as error:
+        complain(str(error))
+        code = 1
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    print(f"backfill{' failed' if code else ''}: {run}", flush=True)
+    return 1 if run.bad else code
+
+
 def complain(text: str) -> None:
     """Say in one line, to whoever started this and to `systemctl status`, why it ends."""
     line = printable(redact(text))
@@ -2364,6 +2715,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("serve", parents=[option], help="the daemon (the default command)")
     commands.add_parser("check", parents=[option], help="say whether everything is in place")
+    fill = commands.add_parser("backfill", parents=[option], help="archive what the API lists and S3 lacks")
+    form = "a time (RFC 3339), a date (UTC), or an age such as 2h"
+    fill.add_argument("--from", dest="since", metavar="T", type=moment, help=f"{form}; by default where it left off")
+    fill.add_argument("--until", metavar="T", type=moment, help="the same; by default now")
     chosen = parser.parse_args(arguments)
     path = getattr(chosen, "config", None) or next(filter(os.path.exists, CONFIG_FILES), CONFIG_FILES[-1])
     try:
@@ -2371,6 +2726,8 @@ def main(arguments: list[str] | None = None) -> int:
             return check(path)
         config = load_config(path)
         start_log(config.level)
+        if chosen.command == "backfill":
+            return backfill(config, chosen.since, chosen.until)
         return serve(config)
     except ConfigError as error:
         complain(str(error))

@@ -289,7 +289,7 @@ def test_a_thread_that_does_not_move_starves_the_watchdog(told):
 
 def test_every_thread_says_that_it_moves(monkeypatch, tmp_path):
     monkeypatch.setattr(ts3d, "MOVES_BY", {})
-    (tmp_path / "ts3d.conf").write_text(f"[s3]\nbucket = {BUCKET}\nendpoint_url = http://127.0.0.1:9\n")
+    (tmp_path / "ts3d.conf").write_text(f"[s3]\nbucket = {BUCKET}\n[archive]\nworkers = 1\n")
     config = ts3d.load_config(str(tmp_path / "ts3d.conf"))
     queue_ = ts3d.Queue(config.path, config.max_size, create=True)
     archiver = ts3d.Archiver(config, queue_)

@@ -71,7 +71,8 @@ def wrong(daemon):
         ({"server__webhok_token": "x"}, ["[server]", "webhok_token", "did you mean webhook_token?"]),
         ({"server__Listen": "x"}, ["[server]", "Listen", "did you mean listen?"]),
         ({"severs__listen": "x"}, ["[severs]", "did you mean server?"]),
-        ({"threatstack__auth": "hawk"}, ["hawk", "not supported yet"]),
+        ({"threatstack__auth": "hawk"}, ["[threatstack] user_id is not set"]),
+        ({"threatstack__auth": "hawk", "threatstack__user_id": "u"}, ["[threatstack] organization_id is not set"]),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ import configparser
 import json
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from conftest import BUCKET, ROOT, TOKEN, alert, until
@@ -12,13 +13,9 @@ import ts3d
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-CURLS = [
-    line
-    for language, block in BLOCKS
-    if language == "sh"
-    for line in block.replace("\\\n", "").splitlines()
-    if line.startswith("curl")
-]
+LINES = [line for language, block in BLOCKS if language == "sh" for line in block.replace("\\\n", "").splitlines()]
+CURLS = [line for line in LINES if line.startswith("curl")]
+BACKFILLS = [line for line in LINES if " backfill" in line]
 
 
 def test_the_first_screen():
@@ -56,9 +53,27 @@ def test_configurations(tmp_path, monkeypatch, block):
     assert parser.sections()
 
 
-def test_the_policy():
-    (policy,) = [json.loads(block) for language, block in BLOCKS if language == "json"]
-    assert policy["Statement"][0]["Action"] == "s3:PutObject"
+def test_the_policies(new_daemon):
+    """That of `serve`, and what `backfill` needs beside it, in the words in which it asks for that."""
+    least, reading = [json.loads(block) for language, block in BLOCKS if language == "json"]
+    assert [statement["Action"] for statement in least["Statement"]] == ["s3:PutObject"]
+    config = ts3d.Config(file="", workers=0, prefix="", bucket="my-evidence")
+    said = str(ts3d.S3(config)._unreadable(SimpleNamespace(meta=SimpleNamespace(partition="aws"))))
+    assert json.loads(said[said.index("{") :]) == reading
+
+
+@pytest.mark.parametrize("line", BACKFILLS)
+def test_backfills(new_daemon, s3, line):
+    daemon = new_daemon()
+    arguments, _, comment = line.removeprefix("python3 ts3d.py ").partition(" #")
+    result = daemon.run(*arguments.split())
+    assert (result.returncode, result.stdout) == (0, "backfill: 0 listed, 0 there already, 0 queued\n"), result.stderr
+    assert comment
+    assert re.search("^    backfill: 500 listed, 100 there already, 400 queued$", README, re.MULTILINE)
+
+
+def test_the_backfills_were_found():
+    assert len(BACKFILLS) == 4
 
 
 def test_s3_is_laid_out_as_the_table_says(daemon, s3):

@@ -1,0 +1,356 @@
+"""API version 2: Hawk's signatures, contributing events, the clock, and the rate limit of both versions."""
+
+import re
+import sqlite3
+import time
+
+import mohawk
+import pytest
+import threatstack
+from conftest import alert, until
+from threatstack import HAWK, KEY, ORGANIZATION, USER
+
+import ts3d
+
+
+@pytest.fixture
+def v2(new_daemon, api):
+    def make(**options):
+        return new_daemon(**{"threatstack__base_url": f"{api.url}/v2", **HAWK, **options})
+
+    yield make
+    assert api.misused == []
+
+
+@pytest.fixture
+def threat_stack(tmp_path, monkeypatch, api):
+    """ts3d's ThreatStack in this process."""
+    monkeypatch.setattr(ts3d, "SECRETS", [])
+
+    def make(**options):
+        options = {"base_url": f"{api.url}/v2", "auth": "hawk", "api_key": KEY, "user_id": USER, **options}
+        options.setdefault("organization_id", ORGANIZATION)
+        config = tmp_path / "ts3d.conf"
+        config.write_text("[threatstack]\n" + "".join(f"{name} = {value}\n" for name, value in options.items()))
+        return ts3d.ThreatStack(ts3d.load_config(str(config)))
+
+    return make
+
+
+def objects_of(id_, minute, *kinds):
+    middle = f"{id_[:2]}/{id_[2:4]}"
+    return {f"{kind}/{minute if kind in ('webhooks', 'backfill') else middle}/{id_}" for kind in kinds}
+
+
+MINUTE = "2017/01/17/13/51"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signatures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://api.threatstack.com/v2/alerts/587c0159a907346eccb84004",
+        "https://API.ThreatStack.com:443/v2/alerts",
+        "https://api.threatstack.com:8443/v2/alerts?status=active&from=2026-11-24T18%3A00%3A00.000Z&token=a%2Fb%3D%3D",
+        "http://127.0.0.1/help/hawk/self-test",
+        "http://127.0.0.1:8080/v2/alerts",
+    ],
+)
+def test_the_signature(threat_stack, url):
+    credentials, seen = {USER: {"id": USER, "key": KEY, "algorithm": "sha256"}}, []
+    for _ in range(2):
+        header = ts3d.hawk(threat_stack().config, url)
+        receiver = mohawk.Receiver(
+            credentials.get, header, url, "GET", content="", content_type="", seen_nonce=lambda *_: False
+        )
+        assert receiver.parsed_header["ext"] == ORGANIZATION
+        assert KEY not in header
+        assert "hash" not in receiver.parsed_header
+        seen.append(receiver.parsed_header["nonce"])
+    assert seen[0] != seen[1]
+
+
+def test_each_try_is_signed_anew(v2, s3, api):
+    """The stand-in refuses a nonce that it has seen."""
+    daemon = v2(server__wait="0")
+    tries = iter([503, "reset", 429, None])
+
+    def fail_at_first(handler):
+        mode = next(tries, None)
+        if handler.is_signed():
+            handler.send(mode, b"{}") if isinstance(mode, int) else mode or handler.send(
+                200, threatstack.detail("abcd")
+            )
+        handler.close_connection = True
+
+    api.modes["abcd"] = fail_at_first
+    daemon.post({"id": "abcd", "created_at": 0})
+    until(lambda: "alerts/ab/cd/abcd" in s3.objects())
+    headers = [headers["Authorization"] for _, path, headers in api.calls if path.endswith("/abcd")]
+    assert len(headers) == len(set(headers)) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("events", ["yes", "no"])
+def test_detail_and_events_byte_for_byte(v2, s3, api, events):
+    daemon = v2(threatstack__events=events)
+    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived"
+    id_ = alert(0)["id"]
+    kinds = ("webhooks", "events", "alerts") if events == "yes" else ("webhooks", "alerts")
+    objects = s3.objects()
+    assert set(objects) == objects_of(id_, MINUTE, *kinds)
+    assert objects[f"alerts/al/er/{id_}"] == threatstack.detail(id_)
+    assert objects.get(f"events/al/er/{id_}", threatstack.events(id_)) == threatstack.events(id_)
+    assert api.paths() == [f"/v2/alerts/{id_}/events"] * (events == "yes") + [f"/v2/alerts/{id_}"]
+
+
+def test_version_1_has_no_events(new_daemon, s3, api):
+    daemon = new_daemon(threatstack__organization_id=ORGANIZATION)
+    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived"
+    assert set(s3.objects()) == objects_of(alert(0)["id"], MINUTE, "webhooks", "alerts")
+    (call,) = api.calls
+    assert (call[2]["Authorization"], call[2]["Organization"]) == (KEY, ORGANIZATION)
+
+
+def test_the_detail_is_written_last(v2, api):
+    bucket = threatstack.Faulty()
+    daemon = v2(s3__endpoint_url=bucket.url)
+    try:
+        assert daemon.post({"alerts": [alert(n) for n in range(20)]})[0] == 200
+        until(lambda: len(bucket.objects) == 60)
+        for n in range(20):
+            kinds = [path.split("/")[2] for path in bucket.paths() if path.endswith(alert(n)["id"])]
+            assert kinds == ["webhooks", "events", "alerts"]
+    finally:
+        bucket.stop()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(200, b'{"errors": ["x"]}'), (200, b'"later"'), (200, b"{}"), (200, b""), (404, b"{}"), (500, b"")],
+    ids=str,
+)
+def test_without_its_events_no_detail_is_written(v2, s3, api, answer):
+    daemon = v2(server__wait="0")
+    api.modes["events"] = lambda handler: handler.send(*answer)
+    daemon.post({"alerts": [alert(0)]})
+    until(lambda: daemon.logged("threatstack is held|alert alert-000000: .*; try 2 follows"))
+    assert set(s3.objects()) == objects_of(alert(0)["id"], MINUTE, "webhooks")
+    del api.modes["events"]
+    until(lambda: len(s3.objects()) == 3)
+
+
+@pytest.mark.parametrize("events", [b"[]", b'{"events": []}', b'[{"id": "another"}]', b'{"id": "another"}'], ids=str)
+def test_events_need_not_name_the_alert(v2, s3, api, events):
+    daemon = v2()
+    api.modes["events"] = lambda handler: handler.send(200, events)
+    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived"
+    assert s3.objects()["events/al/er/alert-000000"] == events
+
+
+def test_events_that_are_there_are_not_asked_for_again(v2, s3, api):
+    daemon = v2(server__wait="0")
+    api.modes["alert-000000"] = 500
+    daemon.post({"alerts": [alert(0)]})
+    until(lambda: len(s3.objects()) == 2)
+    until(lambda: api.paths().count("/v2/alerts/alert-000000") > 1)
+    assert daemon.stop() == 0
+    api.modes.clear()
+    daemon.start()
+    until(lambda: len(s3.objects()) == 3)
+    assert api.paths().count("/v2/alerts/alert-000000/events") == 1
+
+
+@pytest.mark.parametrize("change", [{"threatstack__events": "no"}, {"threatstack__auth": "key"}], ids=str)
+def test_a_queued_alert_goes_by_the_configuration_of_the_day(v2, s3, api, change):
+    """Whichever way that changes while the alert waits for the API."""
+    daemon = v2(server__wait="0")
+    api.mode = 503
+    daemon.post({"alerts": [alert(0)]})
+    until(lambda: daemon.logged("alert alert-000000: .*; try 2 follows"))
+    assert daemon.stop() == 0
+    with sqlite3.connect(daemon.queue) as db:
+        assert db.execute("SELECT step FROM jobs").fetchall() == [("events",)]
+    db.close()
+    before = {name: daemon.options.get(tuple(name.split("__"))) for name in change}
+    if "threatstack__auth" in change:
+        change = {**change, "threatstack__base_url": f"{api.url}/api/v1"}
+        before["threatstack__base_url"] = f"{api.url}/v2"
+    daemon.set(**change)
+    daemon.start()
+    daemon.post({"alerts": [alert(1)]})
+    until(lambda: daemon.health()["queued"] == 2)
+    api.mode = None
+    until(lambda: daemon.health()["queued"] == 0)
+    assert len(s3.objects("alerts/")) == 2
+    assert s3.objects("events/") == {}
+
+    api.mode = 503
+    daemon.post({"alerts": [alert(2)]})
+    until(lambda: daemon.health()["queued"] == 1)
+    daemon.stop()
+    daemon.set(**before)
+    daemon.start()
+    api.mode = None
+    until(lambda: len(s3.objects("alerts/")) == 3)
+    assert set(s3.objects("events/")) == {"events/al/er/alert-000002"}
+
+
+def test_a_detail_of_another_alert_is_refused(threat_stack, api):
+    api.mode = lambda handler: handler.send(200, threatstack.detail("another"))
+    with pytest.raises(ts3d.UpstreamError, match="not this alert's detail"):
+        threat_stack().get("/alerts/abcd", "abcd")
+    assert threat_stack().get("/alerts/abcd/events") == threatstack.detail("another")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A 401, and `check`
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stale(seconds):
+    return lambda handler: handler.send(
+        401, b'{"errors": ["x"]}', [("WWW-Authenticate", f'Hawk ts="{int(time.time()) + seconds}", tsm="x"')]
+    )
+
+
+@pytest.mark.parametrize("by", ["Date", "ts"])
+@pytest.mark.parametrize(
+    ("ahead", "says"), [(3600, r"it is 3(600|599) s slow"), (-3600, r"it is 360[01] s fast"), (62, r"it is 6\d s slow")]
+)
+def test_a_401_that_is_the_clocks_fault(threat_stack, api, by, ahead, says):
+    if by == "Date":
+        api.ahead, api.mode = ahead, 401
+    else:
+        api.mode = stale(ahead)
+    with pytest.raises(ts3d.UpstreamError, match=f"clock right.*{says}") as caught:
+        threat_stack().get("/alerts/abcd", "abcd")
+    assert (caught.value.type, caught.value.scope) == ("threatstack_clock", "all")
+
+
+@pytest.mark.parametrize("by", ["Date", "ts", "garbage", "nothing"])
+def test_a_401_that_is_not(threat_stack, api, by):
+    if by == "Date":
+        api.ahead, api.mode = 55, 401
+    elif by == "ts":
+        api.ahead, api.mode = 3600, stale(-50)
+    else:
+        date = b"Date: soon\r\n" if by == "garbage" else b""
+        more = b'WWW-Authenticate: Hawk ts="soon"\r\n' if by == "garbage" else b""
+        answer = b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n" + date + more + b"\r\n"
+        api.mode = lambda handler: handler.wfile.write(answer)
+    with pytest.raises(ts3d.UpstreamError, match="user_id, api_key and organization_id right") as caught:
+        threat_stack().get("/alerts/abcd", "abcd")
+    assert caught.value.type == "threatstack_unauthorized"
+    assert "clock" not in str(caught.value)
+
+
+def test_the_stand_in_tells_the_clock_from_the_key(threat_stack, api):
+    """A real Hawk server's refusals."""
+    api.ahead = 100
+    with pytest.raises(ts3d.UpstreamError, match="clock"):
+        threat_stack().get("/alerts/abcd", "abcd")
+    api.ahead = 50
+    assert threat_stack().get("/alerts/abcd", "abcd")
+    for wrong in ({"api_key": "other"}, {"user_id": "other"}, {"organization_id": "other"}):
+        with pytest.raises(ts3d.UpstreamError, match="organization_id right"):
+            threat_stack(**wrong).get("/alerts/abcd", "abcd")
+
+
+def test_a_v1_key_that_is_wrong_blames_no_clock(threat_stack, api):
+    api.ahead, api.mode = 3600, 401
+    with pytest.raises(ts3d.UpstreamError, match=r"is \[threatstack\] api_key right"):
+        threat_stack(auth="key", base_url=f"{api.url}/api/v1").get("/alerts/abcd", "abcd")
+
+
+def test_check_asks_for_hawks_self_test(v2, s3, api):
+    daemon = v2(start=False)
+    result = daemon.run("check")
+    assert (result.returncode, api.paths()) == (0, ["/help/hawk/self-test"])
+    assert re.search(r"^ok +threatstack +http\S+/v2 takes the signature$", result.stdout, re.MULTILINE)
+    daemon.set(threatstack__api_key="wrong")
+    result = daemon.run("check")
+    assert result.returncode == 1
+    assert re.search(r"^FAIL +threatstack .*user_id, api_key and organization_id right", result.stdout, re.MULTILINE)
+    assert USER not in result.stdout + result.stderr
+    api.misused.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rate limits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("auth", ["key", "hawk"])
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b'{"errors": ["slow down"]}', [("Retry-After", "2")]),
+        (b"slow down", [("x-rate-limit-reset", "2000"), ("x-rate-limit-remaining", "0")]),
+    ],
+    ids=["Retry-After", "x-rate-limit-reset"],
+)
+def test_a_rate_limit_holds_every_call_and_nothing_else(v2, new_daemon, s3, api, auth, body, headers):
+    daemon = (v2 if auth == "hawk" else new_daemon)(server__wait="0")
+    limited = []
+
+    def limit_once(handler):
+        if limited and time.monotonic() - limited[0] >= 2:
+            handler.succeed(handler.path.rpartition("/")[2])
+        else:
+            limited.append(time.monotonic())
+            handler.send(429, body, headers)
+
+    api.mode = limit_once
+    daemon.post({"alerts": [alert(0)]})
+    until(lambda: daemon.logged("threatstack is held: .*429"))
+    daemon.post({"alerts": [alert(n) for n in range(1, 20)]})
+    until(lambda: len(s3.objects("webhooks/")) == 20)
+    assert len(limited) == 1, "webhooks are in S3 while every call is held"
+    until(lambda: daemon.health()["queued"] == 0)
+    assert len(limited) == 1, "the 429 was obeyed"
+    assert len(s3.objects()) == (60 if auth == "hawk" else 40)
+
+
+def test_a_limit_of_calls_in_a_time_is_kept_to(v2, s3, api):
+    """Whatever is refused for it is tried again, and given up by nobody."""
+    api.limit = (10, 0.5)
+    daemon = v2(server__wait="0")
+    daemon.post({"alerts": [alert(n) for n in range(40)]})
+    until(lambda: len(s3.objects("alerts/")) == 40, 40)
+    until(lambda: daemon.health()["queued"] == 0)
+    assert daemon.health()["failed"] == 0
+    assert api.limited > 0
+    assert len(s3.objects("events/")) == 40
+
+
+def test_a_probe_for_an_alert_that_is_to_be_given_up_obeys_the_limit(threat_stack, api):
+    upstream = threat_stack()
+    api.mode = lambda handler: handler.send(429, b"", [("Retry-After", "100")])
+    assert not upstream.works()
+    assert upstream.hold
+    assert upstream.hold.probe_at > time.monotonic() + 90
+    assert not upstream.works()
+    assert len(api.calls) == 1
+    api.mode = None
+    upstream.hold = None
+    assert upstream.works()
+
+
+def test_the_key_and_the_user_are_nowhere(v2, s3, api):
+    daemon = v2(server__wait="0")
+    api.mode = lambda handler: handler.send(403, f"{USER} {KEY} may not: {handler.headers['Authorization']}".encode())
+    daemon.post({"alerts": [alert(0), alert(1)]})
+    until(lambda: daemon.logged("held|try 2 follows"))
+    answer = daemon.post({"alerts": [alert(0)]})
+    for text in (daemon.log(), str(answer)):
+        assert KEY not in text
+        assert USER not in text

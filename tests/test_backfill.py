@@ -1,0 +1,776 @@
+"""`ts3d backfill`: what the webhook missed is found in the API's list, queued, and archived."""
+
+import argparse
+import json
+import os
+import pty
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import threatstack
+from conftest import AWS, BUCKET, TOKEN, TS3D, alert, until
+from threatstack import HAWK, KEY, USER
+
+import ts3d
+
+HOUR, DAY = 3600, 86400
+VERSIONS = [1, 2]
+
+
+def now():
+    return int(time.time() * 1000)
+
+
+def listed(n, version=2, age=600_000):
+    """An entry of the API's list, some minutes old."""
+    return threatstack.entry(f"alert-{n:06}", now() - age - n, version)
+
+
+def key_of(n):
+    return f"alerts/al/er/alert-{n:06}"
+
+
+@pytest.fixture
+def s3(rclone):
+    """rclone remembers for minutes what it has seen in a folder, and these tests look: it is started afresh."""
+    rclone.stop()
+    rclone.clear()
+    rclone.start()
+    yield rclone
+    if not rclone.process:
+        rclone.start()
+
+
+@pytest.fixture
+def make(new_daemon, s3, api):
+    """Makes daemons that are not started, whose queue is there, for an API of this version."""
+
+    def make(version=2, start=False, **options):
+        base = {"threatstack__base_url": f"{api.url}/v2", **HAWK} if version == 2 else {}
+        daemon = new_daemon(start=False, server__wait="0", **{**base, **options})
+        if start:
+            daemon.start()
+        else:
+            ts3d.Queue(str(daemon.queue), 1 << 30, create=True).close()
+        return daemon
+
+    yield make
+    assert api.misused == []
+
+
+def archive(s3, *numbers):
+    """Put details where the archive has them, before S3 is asked for anything."""
+    for n in numbers:
+        path = s3.folder / BUCKET / key_of(n)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"{}")
+
+
+def backfill(daemon, *arguments, code=0, timeout=60):
+    """Run it; its summary."""
+    result = daemon.run("backfill", *arguments, timeout=timeout)
+    said = result.stdout + result.stderr
+    assert result.returncode == code, said
+    assert "Traceback" not in said
+    assert "internal error" not in said
+    for secret in (TOKEN, KEY, USER, AWS["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in said
+    backfill.said = result.stderr
+    if code in (0, 1):
+        assert result.stdout.count("\n") == 1, result.stdout
+    return result.stdout
+
+
+def queued(daemon):
+    with sqlite3.connect(daemon.queue) as db:
+        rows = db.execute("SELECT id, step, body FROM jobs ORDER BY number").fetchall()
+    db.close()
+    return rows
+
+
+def remembered(daemon):
+    queue = ts3d.Queue(str(daemon.queue), 1 << 30)
+    try:
+        return queue.backfilled()
+    finally:
+        queue.close()
+
+
+def window(api):
+    """The range that the last list was asked for, in seconds since the epoch."""
+    query = api.queries()[-1]
+    return tuple(ts3d.moment(query.get(name) or query[other]) for name, other in (("from", "start"), ("until", "end")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The main job
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fill(daemon, s3, api, limit, events):
+    """500 alerts, of which 100 are there; webhooks come meanwhile."""
+    daemon.set(threatstack__events=events)
+    daemon.start()
+    archive(s3, *range(0, 500, 5))
+    for n in range(500):
+        api.lists["dismissed" if n % 4 == 1 else "active"].append(listed(n))
+    api.limit = limit
+    assert backfill(daemon, timeout=120) == "backfill: 500 listed, 100 there already, 400 queued\n"
+    assert daemon.health()["queued"] > 300, "most of them wait, for the rate of calls is limited"
+    webhooks = {"alerts": [alert(n) for n in range(9000, 9005)]}
+    assert daemon.post(webhooks)[0] == 200
+    until(lambda: all(key_of(n) in s3.objects("alerts/") for n in range(9000, 9005)), 60, "webhooks' details")
+    assert daemon.health()["queued"] > 300, "the webhooks' alerts did not wait for the others"
+
+
+def check_filled(daemon, s3, api, events):
+    until(lambda: daemon.health()["queued"] == 0, 400, "end of the queue")
+    assert daemon.health()["failed"] == 0
+    assert api.misused == []
+    assert api.limited > 0
+    missing = [n for n in range(500) if n % 5]
+    entries = [*api.lists["active"], *api.lists["dismissed"]]
+    bodies = {int(json.loads(literal)["id"][-6:]): (when, literal) for when, literal in entries}
+    found = s3.objects("backfill/")
+    assert len(found) == len(missing) == 400
+    for key, body in found.items():
+        n = int(key[-6:])
+        milliseconds, literal = bodies[n]
+        assert key == time.strftime(f"backfill/%Y/%m/%d/%H/%M/alert-{n:06}", time.gmtime(milliseconds // 1000))
+        assert body == literal
+    details = s3.objects("alerts/")
+    assert set(details) == {key_of(n) for n in (*range(500), *range(9000, 9005))}
+    assert all(details[key_of(n)] == threatstack.detail(f"alert-{n:06}") for n in missing)
+    assert len(s3.objects("events/")) == (405 if events == "yes" else 0)
+    assert len(s3.objects("webhooks/")) == 5
+
+
+def test_500_alerts_of_which_100_are_there_already(make, s3, api):
+    daemon = make()
+    fill(daemon, s3, api, (10, 0.5), "yes")
+    api.limit = None  # the rest is no different: test_500_alerts_and_10_calls_in_5_seconds
+    check_filled(daemon, s3, api, "yes")
+    assert backfill(daemon) == "backfill: 500 listed, 500 there already, 0 queued\n"
+
+
+@pytest.mark.long
+def test_500_alerts_and_10_calls_in_5_seconds(make, s3, api):
+    daemon = make()
+    fill(daemon, s3, api, (10, 5), "no")
+    check_filled(daemon, s3, api, "no")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_outage_is_made_good(make, s3, api, version):
+    """The daemon is down for a while, and Threat Stack drops the webhooks."""
+    daemon = make(version, start=True)
+    api.lists["active"] = [listed(n, version) for n in range(250)]
+
+    def webhook(numbers):
+        bodies = [dict(alert(n), created_at=api.lists["active"][n][0]) for n in numbers]
+        assert daemon.post({"alerts": bodies})[0] == 200
+
+    webhook(range(100))
+    until(lambda: len(s3.objects("alerts/")) == 100)
+    daemon.stop()
+    daemon.start()
+    webhook(range(220, 250))
+    assert " 250 listed, " in backfill(daemon)
+    until(lambda: daemon.health()["queued"] == 0)
+    assert set(s3.objects("alerts/")) == {key_of(n) for n in range(250)}
+    ids = {key[-6:]: body for key, body in s3.objects("backfill/").items()}
+    assert {f"{n:06}" for n in range(100, 220)} <= set(ids)
+    assert all(body == api.lists["active"][int(n)][1] for n, body in ids.items())
+    assert backfill(daemon) == "backfill: 250 listed, 250 there already, 0 queued\n"
+    assert daemon.health()["queued"] == 0
+
+
+def test_without_a_daemon(make, s3, api):
+    daemon = make()
+    api.lists["active"] = [listed(n) for n in range(150)]
+    assert backfill(daemon) == "backfill: 150 listed, 0 there already, 150 queued\n"
+    assert [(f"alert-{n:06}", "backfill", api.lists["active"][n][1]) for n in range(150)] == queued(daemon)
+    assert backfill(daemon) == "backfill: 150 listed, 0 there already, 0 queued, 150 in the queue already\n"
+    assert len(queued(daemon)) == 150
+    daemon.start()
+    until(lambda: len(s3.objects("alerts/")) == 150)
+
+
+def test_what_is_queued_by_webhook_is_not_queued_again(make, s3, api):
+    daemon = make(archive__workers="0", start=True)
+    daemon.post({"alerts": [alert(3)]})
+    api.lists["active"] = [listed(n) for n in range(5)]
+    assert backfill(daemon) == "backfill: 5 listed, 0 there already, 4 queued, 1 in the queue already\n"
+    assert [(id_, step) for id_, step, _ in queued(daemon)].count(("alert-000003", "webhooks")) == 1
+    assert len(queued(daemon)) == 5
+
+
+def test_put_queues_what_backfill_found_once(tmp_path):
+    """Also where a webhook comes between backfill's look and its put."""
+    queue = ts3d.Queue(str(tmp_path / "queue.db"), 1 << 30, create=True)
+    (first,) = queue.put([ts3d.Arrival("abcd", "2017/01/17/13/51", "webhooks", b"1")])
+    assert queue.put([ts3d.Arrival("abcd", "2017/01/17/13/51", "backfill", b"2")]) == [first]
+    (second,) = queue.put([ts3d.Arrival("efgh", "2017/01/17/13/51", "backfill", b"3")])
+    # The other way round it is two: each is to be archived as it came.
+    assert queue.put([ts3d.Arrival("efgh", "2017/01/17/13/51", "webhooks", b"4")]) != [second]
+    assert queue.queued(["abcd", "efgh", "ijkl"]) == {"abcd", "efgh"}
+    queue.close()
+
+
+def test_a_failed_alert_is_tried_anew(make, s3, api):
+    daemon = make(archive__give_up_after="0")
+    api.modes["alert-000001"] = 404
+    api.lists["active"] = [listed(n) for n in range(3)]
+    daemon.start()
+    backfill(daemon)
+    until(lambda: daemon.health() | {"oldest_seconds": 0} == dict(success=True, queued=0, failed=1, oldest_seconds=0))
+    api.modes.clear()
+    assert backfill(daemon) == "backfill: 3 listed, 2 there already, 1 queued\n"
+    until(lambda: len(s3.objects("alerts/")) == 3)
+    assert daemon.health()["failed"] == 0
+
+
+def test_the_prefix_is_where_it_looks(make, s3, api):
+    daemon = make(s3__prefix="a/b")
+    archive(s3, 0)
+    path = s3.folder / BUCKET / "a/b" / key_of(1)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"{}")
+    api.lists["active"] = [listed(n) for n in range(2)]
+    assert backfill(daemon) == "backfill: 2 listed, 1 there already, 1 queued\n"
+    assert [id_ for id_, _, _ in queued(daemon)] == ["alert-000000"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The list
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_alert_that_is_dismissed_between_the_lists(make, s3, api):
+    daemon = make()
+    api.lists["active"] = [listed(n) for n in range(250)]
+    api.lists["dismissed"] = [listed(n) for n in range(250, 370)]
+
+    def dismiss(handler):
+        handler.succeed("alerts")
+        if len(api.queries()) == 1:  # the first page has been given, the third has not
+            api.lists["dismissed"].insert(0, api.lists["active"].pop(230))
+
+    api.modes["alerts"] = dismiss
+    assert " 370 listed, 0 there already, 370 queued" in backfill(daemon)
+    assert {id_ for id_, _, _ in queued(daemon)} == {f"alert-{n:06}" for n in range(370)}
+    assert [query["status"] for query in api.queries()] == ["active"] * 3 + ["dismissed"] * 2
+    assert len({(query["from"], query["until"]) for query in api.queries()}) == 1
+
+
+def test_an_alert_that_is_listed_twice(make, s3, api):
+    """It was dismissed after the first list had it."""
+    daemon = make()
+    api.lists = {status: [listed(n) for n in range(3)] for status in ("active", "dismissed")}
+    assert backfill(daemon) == "backfill: 6 listed, 0 there already, 3 queued, 3 in the queue already\n"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_alerts_that_appear_meanwhile_move_no_page(make, s3, api, version):
+    """Version 1's pages go by count: what appears in front moves all others."""
+    daemon = make(version)
+    api.lists["active"] = [listed(n, version) for n in range(250)]
+
+    def appear(handler):
+        handler.succeed("alerts")
+        new = len(api.queries())
+        api.lists["active"].insert(0, threatstack.entry(f"alert-{900 + new:06}", now(), version))
+
+    api.modes["alerts"] = appear
+    backfill(daemon)
+    assert {id_ for id_, _, _ in queued(daemon)} == {f"alert-{n:06}" for n in range(250)}
+    del api.modes["alerts"]
+    new = len(api.queries())
+    assert f", {new} queued" in backfill(daemon)
+
+
+def test_version_1_moves_alerts_that_are_listed_late(make, s3, api):
+    """Those are between others: what moves to the next page is seen twice, and queued once."""
+    daemon = make(1)
+    api.lists["active"] = [listed(n, 1) for n in range(250)]
+
+    def appear(handler):
+        handler.succeed("alerts")
+        api.lists["active"].insert(0, listed(900 + len(api.queries()), 1))
+
+    api.modes["alerts"] = appear
+    backfill(daemon)
+    ids = [id_ for id_, _, _ in queued(daemon)]
+    assert {f"alert-{n:06}" for n in range(250)} <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_malformed_entries_are_named_and_stop_nothing(make, s3, api, version):
+    daemon = make(version)
+    time_of = b"createdAt" if version == 2 else b"created_at"
+    bad = [b'{"id": "x", "%s": 1}', b'{"id": "no-time", "%s_": 1}', b'{"id": "bad-time", "%s": "soon"}', b'["%s"]']
+    api.lists["active"] = [listed(n, version) for n in range(3)]
+    api.lists["active"][1:1] = [(now() - HOUR, literal % time_of) for literal in bad]
+    said = backfill(daemon, code=1)
+    assert said == "backfill: 7 listed, 0 there already, 3 queued, 4 malformed and not archived\n"
+    for id_, what in (
+        ("x", "id: "),
+        ("no-time", f"{time_of.decode()}: missing"),
+        ("bad-time", f"{time_of.decode()}: "),
+    ):
+        assert re.search(rf"ERROR backfill: alert {id_} is not archived: alerts\[\d\]\.{what}", backfill.said)
+    assert remembered(daemon), "they would be no better the next time"
+    daemon.start()
+    until(lambda: len(s3.objects("alerts/")) == 3)
+
+
+@pytest.mark.parametrize(
+    ("version", "answer"),
+    [
+        (1, b'[{"id": "alert-000000", "created_at": 1}]'),
+        (1, b'{"alerts": []}'),
+        (2, b'{"alerts": [], "token": "again"}'),
+        (2, b"[]"),
+        (2, b'{"token": null}'),
+        (2, b'{"alerts": {}, "token": null}'),
+        (2, b'{"errors": ["x"]}'),
+        (2, b"<html>"),
+    ],
+    ids=str,
+)
+def test_a_list_that_is_none_or_has_no_end(make, s3, api, version, answer):
+    daemon = make(version)
+    api.modes["alerts"] = lambda handler: handler.send(200, answer)
+    assert backfill_with(daemon, "ts3d.PATIENCE = 0.5", code=1)[0].startswith("backfill failed: ")
+    assert remembered(daemon) is None
+
+
+def test_tokens_are_kept_as_they_are(make, s3, api):
+    daemon = make()
+    tokens = iter([b'"a/b+c=&d"', b"17", b'""'])
+    api.modes["alerts"] = lambda h: (
+        h.is_signed() and h.send(200, b'{"alerts": [], "token": %s}' % next(tokens, b"null"))
+    )
+    backfill(daemon)
+    assert [query.get("token") for query in api.queries()] == [None, "a/b+c=&d", "17", None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The time range
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2017-01-17T13:51:05Z", 1484661065),
+        ("2017-01-17t13:51:05.250z", 1484661065.25),
+        ("2017-01-17 14:51:05+01:00", 1484661065),
+        ("2017-01-17T13:51:60Z", 1484661120),
+        ("2017-01-17", 1484611200),
+        ("1970-01-01", 0),
+        ("90s", 1484661065 - 90),
+        ("2h", 1484661065 - 7200),
+        ("7d", 1484661065 - 7 * 86400),
+        *(
+            (text, None)
+            for text in ("", "2", "h", "-2h", "2w", "1.5h", "yesterday", "2017-1-7", "2017-02-30", "20170117")
+        ),
+        *((text, None) for text in ("2017-01-17T13:51", "2017-01-17T25:00:00Z", "2017-01-17T13:51:05", "9" * 12 + "d")),
+        *(
+            (text, None)
+            for text in ("1969-12-31", "0000-01-01", "0001-01-01T00:00:00+01:00", "\u0662h", "2017-01-17\n")
+        ),
+    ],
+)
+def test_times(monkeypatch, text, seconds):
+    monkeypatch.setattr(time, "time", lambda: 1484661065.0)
+    if seconds is None:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is neither a time such as|is not within"):
+            ts3d.moment(text)
+    else:
+        assert ts3d.moment(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--from", "yesterday"], "argument --from: 'yesterday' is neither a time such as "),
+        (["--until", "2017-02-30"], "argument --until: '2017-02-30' is neither"),
+        (["--from", "1h", "--until", "2h"], "is not before"),
+        (["--from", "2999-01-01"], "is not before"),
+        (["--until", "0000-01-01"], "argument --until"),
+        (["--since", "2h"], "unrecognized arguments"),
+        (["2h"], "unrecognized arguments"),
+    ],
+    ids=str,
+)
+def test_wrong_usage(make, api, arguments, says):
+    daemon = make()
+    backfill(daemon, *arguments, code=2)
+    assert says in backfill.said
+    assert api.calls == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_where_it_goes_on(make, s3, api, version):
+    daemon = make(version)
+
+    def run(*arguments, begin, end=None, code=0):
+        """Begin and end are seconds before now, or moments."""
+        at = time.time()
+        backfill(daemon, *arguments, code=code)
+        since, until_ = window(api)
+        assert since == pytest.approx(begin if begin > 1e9 else at - begin, abs=20)
+        assert until_ == pytest.approx(at - (end or 0), abs=20)
+        return until_
+
+    first = run(begin=DAY)
+    assert remembered(daemon) == pytest.approx(first, abs=0.01)
+    second = run(begin=first - HOUR)
+    assert remembered(daemon) == pytest.approx(second, abs=0.01)
+    # A day of the past moves nothing.
+    run("--from", "5d", "--until", "4d", begin=5 * DAY, end=4 * DAY)
+    assert remembered(daemon) == pytest.approx(second, abs=0.01)
+
+    def set_back(seconds):
+        with sqlite3.connect(daemon.queue) as db:
+            db.execute("UPDATE backfill SET until = until - ?", (seconds,))
+        db.close()
+
+    set_back(3 * DAY)
+    # Neither does one that leaves a gap.
+    run("--from", "1d", begin=DAY)
+    assert remembered(daemon) == pytest.approx(second - 3 * DAY, abs=0.01)
+    assert "a gap is left" in backfill.said
+    # One that leaves none does.
+    run("--from", "4d", "--until", "2d", begin=4 * DAY, end=2 * DAY)
+    assert remembered(daemon) == pytest.approx(time.time() - 2 * DAY, abs=20)
+    # One that fails does not, and the next goes on from the same place.
+    api.modes["alerts"] = 401
+    run(begin=2 * DAY + HOUR, code=1)
+    assert remembered(daemon) == pytest.approx(time.time() - 2 * DAY, abs=20)
+    del api.modes["alerts"]
+    run(begin=2 * DAY + HOUR)
+    # What a clock of the future left is not believed.
+    set_back(-9 * DAY)
+    third = run(begin=DAY)
+    assert remembered(daemon) == pytest.approx(third, abs=0.01)
+    backfill(daemon, "--until", "2d", code=2)
+    assert "is not before" in backfill.said
+
+
+def test_a_range_that_ends_after_now_ends_now(make, api):
+    daemon = make()
+    backfill(daemon, "--from", "2h", "--until", "2999-01-01")
+    assert window(api) == pytest.approx((time.time() - 2 * HOUR, time.time()), abs=20)
+
+
+def test_only_the_daemon_makes_a_queue(make, api):
+    daemon = make()
+    daemon.queue.unlink()
+    backfill(daemon, code=78)
+    assert re.search(r"^ts3d: .*there is no queue yet: `ts3d serve` makes it", backfill.said)
+    assert not daemon.queue.exists()
+
+
+@pytest.mark.parametrize("option", ["threatstack__api_key", "s3__bucket", "threatstack__user_id"])
+def test_what_it_needs(make, option):
+    daemon = make()
+    daemon.set(**{option: None})
+    backfill(daemon, code=78)
+    assert f"{option.partition('__')[2]} is not set" in backfill.said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands in the way
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start(daemon, *arguments, before="", **streams):
+    """Start it, after these changes to the module."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(TS3D.parent)!r}); import ts3d; {before or 'pass'}; sys.exit(ts3d.main())"
+    )
+    command = [sys.executable, "-c", program, "backfill", *arguments, "-c", str(daemon.config)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.Popen(command, env=daemon.environment, text=True, **streams)
+
+
+def backfill_with(daemon, before, code=0):
+    process = start(daemon, before=before)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == code, out + error
+    assert "Traceback" not in error
+    assert out.count("\n") == 1
+    return out, error
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    "headers", [[("Retry-After", "2")], [("x-rate-limit-reset", "1500")], []], ids=["Retry-After", "reset", "neither"]
+)
+def test_a_rate_limit_slows_it(make, s3, api, version, headers):
+    daemon = make(version)
+    api.lists["active"] = [listed(n, version) for n in range(150)]
+    calls = []
+
+    def limit(handler):
+        calls.append(time.monotonic())
+        if len(calls) in (1, 3):
+            handler.send(429, b"slow down", headers)
+        else:
+            handler.succeed("alerts")
+
+    api.modes["alerts"] = limit
+    # Never does it fail for that: its patience is for other causes.
+    out, error = backfill_with(daemon, "ts3d.PATIENCE = 0")
+    assert out == "backfill: 150 listed, 0 there already, 150 queued\n"
+    if headers:
+        assert "; waiting: the rate of calls is limited" in error
+        assert min(calls[1] - calls[0], calls[3] - calls[2]) >= 1.5
+
+
+@pytest.mark.parametrize("mode", [503, 500, "reset", "garbage"], ids=str)
+def test_an_api_that_is_away_for_a_while(make, s3, api, mode):
+    daemon = make()
+    api.lists["active"] = [listed(0)]
+
+    def fail_twice(handler):
+        if len(api.calls) > 2:
+            handler.succeed("alerts")
+        elif mode == "reset":
+            handler.close_connection = True
+        else:
+            handler.send(mode if isinstance(mode, int) else 200, b"<html>")
+
+    api.modes["alerts"] = fail_twice
+    assert " 1 queued" in backfill(daemon)
+
+
+def test_an_api_that_stays_away(make, s3, api):
+    daemon = make()
+    api.modes["alerts"] = 503
+    out, error = backfill_with(daemon, "ts3d.PATIENCE = 1", code=1)
+    assert out == "backfill failed: 0 listed, 0 there already, 0 queued\n"
+    assert re.search(r'^ts3d: Threat Stack: 503 .*"because"', error, re.MULTILINE)
+    assert len(api.calls) > 1
+
+
+@pytest.mark.parametrize("mode", [400, 401, 403, 404, 301])
+def test_what_no_patience_mends(make, s3, api, mode):
+    daemon = make()
+    api.modes["alerts"] = mode
+    assert backfill(daemon, code=1) == "backfill failed: 0 listed, 0 there already, 0 queued\n"
+    assert re.search(rf"^ts3d: Threat Stack.*: {mode} ", backfill.said, re.MULTILINE)
+    assert len(api.calls) == 1
+
+
+def test_s3_is_away_for_a_while(make, s3, api):
+    daemon = make()
+    api.lists["active"] = [listed(n) for n in range(30)]
+    archive(s3, *range(10))
+    s3.stop()
+    process = start(daemon)
+    until(lambda: api.calls)
+    until(lambda: "trying again: S3: Could not connect" in process.stderr.readline())
+    s3.start()
+    assert process.communicate(timeout=60)[0] == "backfill: 30 listed, 10 there already, 20 queued\n"
+
+
+def test_s3_stays_away(make, s3, api):
+    daemon = make()
+    api.lists["active"] = [listed(n) for n in range(30)]
+    s3.stop()
+    out, error = backfill_with(daemon, "ts3d.PATIENCE = 0.2", code=1)
+    assert out == "backfill failed: 30 listed, 0 there already, 0 queued\n"
+    assert re.search("^ts3d: S3: Could not connect", error, re.MULTILINE)
+    assert remembered(daemon) is None
+    s3.start()
+    assert " 30 queued" in backfill(daemon)
+
+
+@pytest.fixture
+def bucket():
+    server = threatstack.Faulty()
+    yield server
+    server.stop()
+
+
+def xml(code):
+    body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>because</Message></Error>'.encode()
+    return lambda handler, status: handler.send(status, body, [("Content-Type", "application/xml")])
+
+
+@pytest.mark.parametrize("prefix", ["", "a/b", "x" * 300])
+@pytest.mark.parametrize("listing", [200, 403])
+def test_a_missing_permission_is_said_with_its_policy(make, api, bucket, prefix, listing):
+    daemon = make(s3__endpoint_url=bucket.url, s3__prefix=prefix)
+    api.lists["active"] = [listed(n) for n in range(30)]
+    empty = b"<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>"
+    bucket.mode = lambda h: h.send(200, empty) if h.command == "GET" and listing == 200 else xml("AccessDenied")(h, 403)
+    begin = time.monotonic()
+    assert backfill(daemon, code=1) == "backfill failed: 30 listed, 0 there already, 0 queued\n"
+    assert time.monotonic() - begin < 30
+    (line,) = [line for line in backfill.said.splitlines() if line.startswith("ts3d: ")]
+    policy = json.loads(line[line.index("{") :])
+    path = f"{prefix}/alerts/*" if prefix else "alerts/*"
+    assert policy["Statement"] == [
+        {"Effect": "Allow", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{BUCKET}/{path}"},
+        {"Effect": "Allow", "Action": "s3:ListBucket", "Resource": f"arn:aws:s3:::{BUCKET}"},
+    ]
+    assert queued(daemon) == []
+    assert remembered(daemon) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (404, "NoSuchBucket", r"is \[s3\] bucket right\?"),
+        (403, "SignatureDoesNotMatch", "are the credentials right"),
+        (403, "InvalidAccessKeyId", "are the credentials right"),
+        (403, "RequestTimeTooSkewed", "is this machine's clock right"),
+    ],
+)
+def test_other_refusals_of_s3(make, api, bucket, status, code, says):
+    """An answer to HEAD has no body that would say which it is."""
+    daemon = make(s3__endpoint_url=bucket.url)
+    api.lists["active"] = [listed(n) for n in range(30)]
+    bucket.mode = lambda handler: xml(code)(handler, status)
+    backfill(daemon, code=1)
+    assert re.search(f"^ts3d: S3 .*{says}", backfill.said, re.MULTILINE)
+    assert queued(daemon) == []
+
+
+def test_the_real_servers_bucket_is_missing(make, s3, api):
+    daemon = make(s3__bucket="elsewhere")
+    api.lists["active"] = [listed(n) for n in range(3)]
+    backfill(daemon, code=1)
+    assert "[s3] bucket right" in backfill.said
+    assert queued(daemon) == []
+
+
+def test_it_waits_while_the_queue_is_long(make, s3, api):
+    daemon = make()
+    queue = ts3d.Queue(str(daemon.queue), 1 << 30)
+    queue.put([ts3d.Arrival(f"rejected-{n}", "2017/01/17/13/51", "rejected", b"x") for n in range(1000)])
+    api.lists["active"] = [listed(n) for n in range(150)]
+    process = start(daemon)
+    while "waiting: 1000 alerts or more are queued" not in process.stderr.readline():
+        assert process.poll() is None
+    assert queue.counts()[0] == 1000
+    daemon.start()
+    out, _ = process.communicate(timeout=60)
+    assert out == "backfill: 150 listed, 0 there already, 150 queued\n"
+    queue.close()
+    until(lambda: len(s3.objects("alerts/")) == 150)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["list", "S3"])
+def test_it_is_stopped_and_goes_on(make, s3, api, bucket, sig, place):
+    daemon = make(**({"s3__endpoint_url": bucket.url} if place == "S3" else {}))
+    api.lists["active"] = [listed(n) for n in range(350)]
+    stuck = threading.Event()
+
+    def hang(handler, name):
+        server = handler.server
+        if (len(api.queries()) if place == "list" else len(bucket.calls)) > (2 if place == "list" else 250):
+            stuck.set()
+            server.released.wait(60)
+            handler.close_connection = True
+        else:
+            handler.succeed(name)
+
+    (api if place == "list" else bucket).mode = lambda handler: hang(
+        handler, handler.path.rpartition("/")[2].partition("?")[0]
+    )
+    process = start(daemon)
+    assert stuck.wait(30)
+    process.send_signal(sig)
+    out, error = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert out == "backfill stopped: 200 listed, 0 there already, 200 queued\n" or place == "S3"
+    assert re.fullmatch(r"backfill stopped: \d+ listed, 0 there already, 200 queued\n", out)
+    assert "Traceback" not in error
+    assert remembered(daemon) is None
+    api.mode = bucket.mode = None
+    if place == "list":
+        assert backfill(daemon) == "backfill: 350 listed, 0 there already, 150 queued, 200 in the queue already\n"
+        daemon.start()
+        until(lambda: daemon.health()["queued"] == 0)
+        assert len(s3.objects("backfill/")) == len(s3.objects("alerts/")) == 350
+
+
+def test_killed_at_any_moment_it_loses_and_repeats_nothing(make, s3, api):
+    daemon = make()
+    api.lists["active"] = [listed(n) for n in range(900)]
+    for n in range(4):
+        process = start(daemon)
+        until(lambda n=n: len(queued(daemon)) > 200 * n)
+        process.kill()
+        process.communicate()
+    backfill(daemon)
+    assert sorted(id_ for id_, _, _ in queued(daemon)) == [f"alert-{n:06}" for n in range(900)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is seen of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_progress_on_a_terminal(make, s3, api):
+    daemon = make()
+    api.lists["active"] = [listed(n) for n in range(250)]
+    api.modes["alerts"] = lambda h: (
+        h.send(429, b"", [("Retry-After", "1")]) if len(api.calls) == 2 else h.succeed("alerts")
+    )
+    ours, theirs = pty.openpty()
+    process = start(daemon, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    try:
+        while piece := os.read(ours, 65536):
+            seen += piece
+    except OSError:  # EIO: the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(30) == 0
+    lines = seen.decode().split("\r\n")
+    assert lines[-2].endswith("backfill: 250 listed, 0 there already, 250 queued")
+    assert re.search(r"\x1b\[K100 listed, 0 there already, 100 queued, \d+/s; waiting: the rate", seen.decode())
+    assert len(lines) == 3, "a line that says what range, and one that is written again and again"
+    assert all(len(part.rpartition("\x1b[K")[2]) < 80 for part in lines[1].split("\r"))
+
+
+def test_progress_elsewhere(make, s3, api):
+    daemon = make()
+    api.lists["active"] = [listed(n) for n in range(900)]
+    backfill(daemon)
+    assert "\x1b" not in backfill.said
+    assert "\r" not in backfill.said
+    assert backfill.said.count("\n") < 5
+    assert re.search(r"INFO backfill: alerts from \S+Z until \S+Z$", backfill.said, re.MULTILINE)
+
+
+@pytest.mark.long
+def test_ten_thousand_alerts_take_no_more_memory(make, api, bucket):
+    memory = []
+    for n in (200, 10_000):
+        daemon = make(s3__endpoint_url=bucket.url)
+        api.lists["active"] = [listed(n) for n in range(n)]
+        for _, literal in api.lists["active"]:
+            name = json.loads(literal)["id"]
+            bucket.objects[f"/{BUCKET}/alerts/al/er/{name}"] = b""
+        process = start(daemon)
+        out = process.stdout.read()
+        memory.append(os.wait4(process.pid, 0)[2].ru_maxrss)
+        assert out == f"backfill: {n} listed, {n} there already, 0 queued\n"
+    assert memory[1] - memory[0] < 8 << 10  # kB
