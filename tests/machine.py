@@ -59,6 +59,7 @@ class Machine:
     """A booted one, with the checkout in /root/ts3d; S3 and Threat Stack's stand-in run in it."""
 
     BUCKET = "my-evidence"  # the README's
+    MISSED = "missed-000001"  # the alert that the API lists
 
     def __init__(self, release, folder):
         self.release, self.console = release, folder / "console"
@@ -144,7 +145,7 @@ class Machine:
         settings = "".join(f"export {name}='{value}'; " for name, value in environment.items())
         self.run(f"cd /root/ts3d; {settings} {first}", timeout=300)
         self.start_s3()
-        self.start("threatstack", "python3 /root/ts3d/tests/threatstack.py 9001")
+        self.start("threatstack", f"python3 /root/ts3d/tests/threatstack.py 9001 {self.MISSED}")
         self.run(
             "sed -i 's,^#endpoint_url =$,endpoint_url = http://127.0.0.1:9000,; s,^#region =$,region = us-east-1,; "
             "s,^#base_url =$,base_url = http://127.0.0.1:9001/api/v1,' /etc/ts3d/ts3d.conf"

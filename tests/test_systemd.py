@@ -40,6 +40,16 @@ def test_the_first_connection_starts_it_and_its_alert_arrives(machine):
     assert [line["PRIORITY"] for line in lines if "archived id=alert-000001" in line["MESSAGE"]] == ["6"]
 
 
+def test_the_timer_closes_a_gap(machine):
+    machine.run("systemctl stop ts3d.service; systemctl enable --now ts3d-backfill.timer")
+    assert machine.show("ts3d-backfill.timer", "NextElapseUSecRealtime")
+    machine.run("systemctl start ts3d-backfill.service")
+    until(lambda: f"alerts/mi/ss/{machine.MISSED}" in machine.objects(), 60, "alert that the API lists")
+    said = machine.run("journalctl --no-pager --output=cat -u ts3d-backfill.service").stdout
+    assert "backfill: 1 listed, 0 there already, 1 queued" in said
+    machine.run("systemctl start ts3d-backfill.service; ts3d backfill")
+
+
 def test_systemd_finds_nothing_to_say_of_the_units(machine):
     result = machine.run(f"systemd-analyze verify {UNITS}")
     assert result.stdout + result.stderr == ""

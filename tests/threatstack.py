@@ -1,7 +1,7 @@
 """A stand-in for Threat Stack's API, versions 1 and 2: details, events, the lists, the rate limit, and every way in
 which it may fail. It checks each Hawk header with mohawk. It takes S3's place too: what is PUT is kept in `objects`.
 
-By hand: `python tests/threatstack.py PORT`.
+By hand: `python tests/threatstack.py PORT [ID …]`; its list has these, as of now.
 """
 
 import contextlib
@@ -244,5 +244,6 @@ class Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     server = Faulty(int(sys.argv[1]))
+    server.lists["active"] = [entry(alert_id, int(time.time() * 1000), version=1) for alert_id in sys.argv[2:]]
     print(json.dumps({"url": server.url}), flush=True)
     threading.Event().wait()
