@@ -1120,12 +1120,12 @@ class Upstream:
         """Call `function` for this job and learn from it how the upstream is. Raises UpstreamError."""
         if (hold := self.hold) and not job.probe:
             raise hold.error.with_traceback(None)  # one that is raised again and again would keep every frame
-        started = time.monotonic()
+        started, worked = time.monotonic(), self._worked > job.due  # the job failed last before it was due again
         self._calls[job.number] = started
         try:
             result = function(*args)
         except UpstreamError as error:
-            self._learn(error, job.number, started)
+            self._learn(error, job.number, started, worked)
             raise
         finally:
             del self._calls[job.number]
@@ -1140,7 +1140,8 @@ class Upstream:
                 log.warning("%s is back after %.0f s", self.name, self._worked - self.hold.since)
                 self.hold = None
 
-    def _learn(self, error: UpstreamError, number: int, started: float) -> None:
+    def _learn(self, error: UpstreamError, number: int, started: float, worked: bool = False) -> None:
+        """Note a failure of a call; `worked`: since the job failed last and before it began, the upstream did."""
         error.blames = self
         if error.scope == "alert":
             return self._succeed(started)
@@ -1150,7 +1151,7 @@ class Upstream:
             if not self.hold and error.scope == "some" and (stale or self._suspect in (None, number)):
                 # Unless it has worked for others since this alert failed last (or at all), nothing says that this alert
                 # is the trouble, so it is tried again as soon as a held upstream is probed.
-                error.doubtful = stale or not self._worked or self._suspect == number
+                error.doubtful = not worked if stale else not self._worked or self._suspect == number
                 if not stale:
                     error.longest = PROBE_PAUSE if error.doubtful else LONGEST_PAUSE
                     self._suspect = number

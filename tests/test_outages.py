@@ -1,5 +1,6 @@
 """Threat Stack or S3 away, in every way: webhooks are taken, the answer says why, and all arrives by itself."""
 
+import itertools
 import json
 import signal
 import time
@@ -206,6 +207,16 @@ def test_an_alert_that_keeps_failing_is_set_aside_and_tried_anew_when_sent_again
     api.modes.clear()
     assert daemon.post({"alerts": [alert(0)]})[1]["alerts"] == [{"id": "alert-000000", "state": "archived"}]
     assert daemon.health()["failed"] == 0
+
+
+def test_an_alert_whose_call_hangs_is_set_aside_while_others_are_archived(new_daemon, api):
+    daemon = new_daemon(archive__give_up_after="3", threatstack__timeout="1", server__wait="0")
+    api.modes["alert-000000"] = "hang"
+    numbers = itertools.count()
+    until(
+        lambda: daemon.post({"alerts": [alert(next(numbers))]}) and daemon.health()["failed"] == 1, 60, "failed alert"
+    )
+    assert daemon.logged("alert alert-000000 failed for good after")
 
 
 @pytest.fixture
