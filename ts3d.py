@@ -221,8 +221,11 @@ class Config(SimpleNamespace):
         """Raises ConfigError for the first of these options that is not set."""
         for option in OPTIONS:
             if option.name in names and not getattr(self, option.name):
+                where = f"{self.file}: [{option.section}] {option.name}"
+                if file := self.empty.get(option.name):
+                    raise ConfigError(f"{where}: {file} is empty: write it there")
                 variable = f" or set {ENVIRONMENT[option.name]}" if option.name in ENVIRONMENT else ""
-                raise ConfigError(f"{self.file}: [{option.section}] {option.name} is not set: write it there{variable}")
+                raise ConfigError(f"{where} is not set: write it there{variable}")
 
 
 def load_config(path: str) -> Config:
@@ -230,9 +233,11 @@ def load_config(path: str) -> Config:
     sections, folder = read_ini(path), os.path.dirname(os.path.abspath(path))
     config = Config(file=path, put_object=sections.get(PUT_OBJECT, {}))
     config.credentials = os.path.join(folder, os.environ.get("CREDENTIALS_DIRECTORY") or "secrets")
+    config.empty = {}  # the files, by option, that should hold a secret and do not
     aws = os.path.join(config.credentials, "aws_credentials")
-    if os.path.exists(aws):  # also an empty one: commands run by hand are to find no others than the service finds
-        os.environ.setdefault("AWS_SHARED_CREDENTIALS_FILE", aws)
+    # Also an empty one, and for ~/.aws/config too: commands run by hand are to find no others than the service finds.
+    if os.path.exists(aws) and "AWS_SHARED_CREDENTIALS_FILE" not in os.environ:
+        os.environ.update(AWS_SHARED_CREDENTIALS_FILE=aws, AWS_CONFIG_FILE=aws)
     for option in OPTIONS:
         section, variable = sections.get(option.section, {}), ENVIRONMENT.get(option.name, "")
         where, text = f"{path}: [{option.section}] {option.name}", section.get(option.name)
@@ -243,8 +248,10 @@ def load_config(path: str) -> Config:
                 raise ConfigError(f"{where} and {option.name}_file are both set: keep one")
             where = f"{where}_file = {name!r}"
             text = read_secret(where, os.path.join(config.credentials, name))
-        elif text == "" and option.name == "webhook_token":  # it may be a mistake that would open the door
-            raise ConfigError(f"{where}: empty: write a secret, or take the line away")
+            if text is None:
+                config.empty[option.name] = os.path.join(folder, "secrets", name)  # what LoadCredential took it from
+        if option.name == "webhook_token" and (text == "" or option.name in config.empty):  # it would open the door
+            raise ConfigError(f"{where}: empty: write a secret there, or take the line away")
         if text is None or (text == "" and option.default is None):
             text = option.default
         try:
@@ -613,7 +620,8 @@ class Queue:
         if self._create:
             # The lock has a file of its own: SQLite's would be lost by closing.
             make(self.path + ".lock")
-            lock = enter(open(self.path + ".lock", "ab"))  # noqa: SIM115 - _open_files closes it
+            lock = os.fdopen(os.open(self.path + ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
+            enter(lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -320,6 +320,9 @@ def test_aws_credentials_lie_with_the_secrets(new_daemon, s3):
     (daemon.folder / "secrets").mkdir()
     file = daemon.folder / "secrets" / "aws_credentials"
     file.write_text("")
+    (daemon.folder / ".aws").mkdir()  # root's own is not the service's
+    (daemon.folder / ".aws" / "config").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    daemon.environment["HOME"] = str(daemon.folder)
     assert "FAIL  s3            S3 (are the credentials right" in daemon.run("check").stdout
     file.write_text(
         f"[default]\naws_access_key_id = {AWS['AWS_ACCESS_KEY_ID']}\n"
@@ -355,10 +358,15 @@ def test_root_follows_no_link_that_the_owner_has_laid(new_daemon, tmp_path):
     shadow.write_text("")
     folder.mkdir()
     os.chown(folder, pwd.getpwnam("nobody").pw_uid, -1)
-    (folder / "queue.db.lock").symlink_to(shadow)
     daemon.set(queue__path=folder / "queue.db")
-    daemon.start().stop()
+    for target in (shadow, tmp_path / "nologin"):
+        (folder / "queue.db.lock").symlink_to(target)
+        process = daemon.popen(subprocess.PIPE)
+        assert process.wait(20) == 78
+        assert b"symbolic link" in process.stderr.read()
+        (folder / "queue.db.lock").unlink()
     assert shadow.stat().st_uid == 0
+    assert not (tmp_path / "nologin").exists()
 
 
 def test_the_program_runs_isolated(new_daemon):

@@ -185,12 +185,20 @@ def test_secrets_in_files(new_daemon, credentials):
     assert daemon.post({"alerts": []}, token="")[0] == 401
 
 
-def test_an_empty_token_file_is_an_unset_token(new_daemon):
-    daemon = new_daemon(start=False, server__webhook_token_file="/dev/null", **LEAVE)
-    assert daemon.start().post({"alerts": []}, token=None)[0] == 200
-    daemon.stop()
-    daemon.set(server__listen="0.0.0.0:0")
-    assert "webhook_token" in wrong(daemon)
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_an_empty_token_file_opens_no_door(new_daemon, text):
+    daemon = new_daemon(start=False, server__webhook_token_file="token", **LEAVE)
+    (daemon.folder / "secrets").mkdir()
+    (daemon.folder / "secrets" / "token").write_text(text)
+    assert "[server] webhook_token_file = 'token': empty: write a secret there" in wrong(daemon)
+
+
+def test_an_empty_secret_is_asked_for_where_it_belongs(new_daemon):
+    daemon = new_daemon(start=False, threatstack__api_key=None, threatstack__api_key_file="api_key")
+    (daemon.folder / "secrets").mkdir()
+    file = daemon.folder / "secrets" / "api_key"
+    file.write_text("\n")
+    assert f"[threatstack] api_key: {file} is empty: write it there" in wrong(daemon)
 
 
 def test_a_password_with_percent_signs(new_daemon, api):

@@ -166,12 +166,41 @@ def test_a_wrong_configuration_keeps_the_socket_and_says_why(machine):
     until(lambda: machine.archived(6))
 
 
-def test_a_secret_that_is_missing_is_unset_but_for_the_token(machine):
-    machine.run("cd /etc/ts3d/secrets; rm metrics_token user_id; mv webhook_token kept")
+def test_a_dependency_that_fails_does_not_close_the_socket(machine):
+    machine.run("""
+        systemctl stop ts3d.service
+        mkdir -p /run/systemd/system/ts3d.service.d
+        printf '[Unit]\\nRequires=disk.service\\nAfter=disk.service\\n' >/run/systemd/system/ts3d.service.d/disk.conf
+        printf '[Service]\\nType=oneshot\\nExecStart=test -e /run/disk\\n' >/run/systemd/system/disk.service
+        systemctl daemon-reload
+    """)
+    sender = machine.popen(f"curl -sS -m 100 -d '{{}}' 'http://127.0.0.1:8080/api/v1/s3/alert?token={machine.token}'")
+    tries = "journalctl --no-pager --output=cat -u disk.service | grep -c 'Failed to start'"
+    until(lambda: int(machine.run(tries, check=False).stdout) > 25, 60, "tries beyond systemd's usual limit")
+    assert machine.show("ts3d.socket", "ActiveState") == "active"
+    machine.run("touch /run/disk")
+    assert "alert" in sender.communicate(timeout=60)[0]
+    machine.run("rm -r /run/systemd/system/ts3d.service.d /run/systemd/system/disk.service; systemctl daemon-reload")
+    machine.archive(13)
+
+
+def test_a_secret_that_is_missing_is_an_empty_one(machine):
+    machine.run("cd /etc/ts3d/secrets; rm metrics_token user_id; systemctl restart ts3d.service")
+    machine.run("cd /etc/ts3d/secrets; mv webhook_token kept")
     assert machine.run("systemctl restart ts3d.service", check=False).returncode
+    said = "[server] webhook_token_file = 'webhook_token': empty"
+    assert said in machine.run("systemctl status ts3d.service", check=False).stdout
     machine.run("cd /etc/ts3d/secrets; mv kept webhook_token")
     machine.archive(7)
-    machine.run("cd /root/ts3d; sh systemd/install; systemctl restart ts3d.service; ls /etc/ts3d/secrets/user_id")
+    machine.run("cd /root/ts3d; sh systemd/install; ls /etc/ts3d/secrets/user_id")
+
+
+def test_stopping_the_socket_stops_all_of_it(machine):
+    units = "ts3d.socket ts3d.service ts3d-backfill.timer"
+    machine.run("systemctl stop ts3d.socket")
+    assert machine.run(f"systemctl is-active {units}", check=False).stdout.split() == ["inactive"] * 3
+    machine.run("systemctl start ts3d.socket; systemctl start ts3d.service")
+    assert machine.run(f"systemctl is-active {units}", check=False).stdout.split() == ["active"] * 3
 
 
 def test_commands_by_hand_leave_nothing_that_the_service_cannot_read(machine):
@@ -199,13 +228,23 @@ def test_install_again_changes_nothing(machine):
     assert not [secret for secret in machine.secrets() if secret in result.stdout]
 
 
-def test_an_upgrade_restarts_the_daemon_and_keeps_what_is_the_administrators(machine):
+def test_an_upgrade_that_was_cut_short_is_finished_by_the_next(machine):
     pid, mine = machine.show("ts3d.service", "MainPID"), "cksum /etc/ts3d/ts3d.conf /etc/ts3d/secrets/*"
     before = machine.run(mine).stdout
-    machine.run("""cd /root/ts3d; sed -i 's/^VERSION = .*/VERSION = "9.9.9"/' ts3d.py; sh systemd/install""")
+    machine.run("""cd /root/ts3d; sed -i 's/^VERSION = .*/VERSION = "9.9.9"/' ts3d.py""")
+    machine.run("""
+        cd /root/ts3d; sed -i 's/^WatchdogSec=30/WatchdogSec=31/' systemd/ts3d.service
+        systemctl disable --quiet ts3d.service
+        mkdir /etc/systemd/system/ts3d.service.new
+    """)
+    assert machine.run("cd /root/ts3d; sh systemd/install", check=False).returncode
+    assert machine.show("ts3d.service", "MainPID") == pid
+    machine.run("rm -r /etc/systemd/system/ts3d.service.new; cd /root/ts3d; sh systemd/install")
     assert machine.show("ts3d.service", "MainPID") not in (pid, "0")
+    assert machine.show("ts3d.service", "WatchdogUSec") == "31s"
     assert machine.run(mine).stdout == before
     assert machine.run("ts3d --version").stdout == "ts3d 9.9.9\n"
+    assert machine.run("systemctl is-enabled ts3d.service", check=False).stdout == "disabled\n"
     machine.archive(11)
 
 
@@ -216,6 +255,7 @@ def test_remove_leaves_configuration_secrets_and_queue(machine):
     before = machine.run(kept).stdout
     machine.run("cd /root/ts3d; sh systemd/install --remove")
     assert machine.run(kept).stdout == before
+    assert "ts3d" not in machine.run("systemctl --no-pager list-units --all 'ts3d*'").stdout
     left = machine.run("find / -xdev -name '*ts3d*' -not -path '/root/*' -not -path '/srv/*' 2>/dev/null").stdout
     assert set(left.split()) == {"/etc/ts3d", "/etc/ts3d/ts3d.conf", "/var/lib/ts3d", "/var/lib/private/ts3d"}
     assert machine.run("curl -s http://127.0.0.1:8080/healthz", check=False).returncode == 7  # refused
