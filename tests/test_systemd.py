@@ -160,6 +160,8 @@ def test_a_wrong_configuration_keeps_the_socket_and_says_why(machine):
     assert machine.show("ts3d.socket", "ActiveState") == "active"
     status = until(lambda: reason in (said := machine.run("systemctl status ts3d", check=False).stdout) and said)
     assert any(reason in line for line in status.splitlines())
+    upgrade = "cd /root/ts3d; echo '# new' >>ts3d.py; sh systemd/install"
+    assert "ts3d.service does not start" in machine.run(upgrade).stdout
     machine.run("sed -i 's/^buket =/bucket =/' /etc/ts3d/ts3d.conf")
     out, err = sender.communicate(timeout=60)
     assert json.loads(out)["success"], err
