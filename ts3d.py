@@ -524,6 +524,10 @@ class QueueError(Exception):
     """The queue cannot take a write now: full, the disk full, or the disk failing."""
 
 
+class QueueFull(QueueError):
+    """There is no room in the queue, or on its disk."""
+
+
 @dataclass
 class Job:
     """A queued alert, without its body.
@@ -718,8 +722,12 @@ class Queue:
 
         def run(db: sqlite3.Connection) -> list[int]:
             try:
-                self._make_sure_of_room(db, bytes_)
+                # Of what can wait in Threat Stack's API, half of the room is kept free for what cannot.
+                late = any(OBJECTS[arrival.step].late for arrival in arrivals)
+                self._make_sure_of_room(db, bytes_, self.max_size // 2 if late else self.max_size)
             except QueueError as error:
+                if late:
+                    raise
                 if not self._refused:
                     log.error("%s; webhooks are answered 503", error)
                 # What an empty queue would not take either says nothing of this one.
@@ -791,14 +799,14 @@ class Queue:
         """Commit something. Raises QueueError where a webhook would not be taken either."""
 
         def run(db: sqlite3.Connection) -> None:
-            self._make_sure_of_room(db, self._refused)
+            self._make_sure_of_room(db, self._refused, self.max_size)
             # An UPDATE of nothing would write nothing: this writes a page as it was.
             db.execute(f"PRAGMA user_version = {self.VERSION}")
 
         self._write(run)
 
-    def _make_sure_of_room(self, db: sqlite3.Connection, bytes_: int) -> None:
-        """Raises QueueError unless `bytes_` more leave the queue within max_size and the disk its reserve."""
+    def _make_sure_of_room(self, db: sqlite3.Connection, bytes_: int, limit: int) -> None:
+        """Raises QueueError unless `bytes_` more leave the queue within `limit` and the disk its reserve."""
         if self._lost():
             raise QueueError(f"the queue's file is gone from {self.path}")
         pages, free, page = (
@@ -807,12 +815,12 @@ class Queue:
         wal = os.path.getsize(self._paths[1])
         if not self._wal_stuck:
             wal = min(wal, self._checkpoint_at)  # what is beyond was checkpointed, and the next commit cuts it off
-        if (pages - free) * page + wal + bytes_ > self.max_size:
-            raise QueueError(f"the queue is full: [queue] max_size is {self.max_size} bytes")
+        if (pages - free) * page + wal + bytes_ > limit:
+            raise QueueFull(f"the queue is full: [queue] max_size is {self.max_size} bytes")
         disk = os.statvfs(os.path.dirname(self.path))
         # The file's free pages are room too: it does not shrink when the queue has been drained.
         if disk.f_bavail * disk.f_frsize + free * page < HOLD_BACK + bytes_:
-            raise QueueError(f"the queue's disk has less than {HOLD_BACK >> 20}M free")
+            raise QueueFull(f"the queue's disk has less than {HOLD_BACK >> 20}M free")
 
     def _write(self, run: Callable[[sqlite3.Connection], T]) -> T:
         """Have `run` take part in the next transaction, and return its result. Raises QueueError."""
@@ -994,7 +1002,8 @@ class Queue:
             row = db.execute("SELECT until FROM backfill").fetchone()
             # One beyond now was left by a clock that was wrong.
             known = row[0] if row and row[0] <= time.time() else None
-            if until and (known is None or since <= known < until):
+            # The first run is to have seen a day, or more.
+            if until and (since <= known < until if known is not None else since <= until - FIRST_TIME):
                 db.execute("DELETE FROM backfill")
                 db.execute("INSERT INTO backfill (until) VALUES (?)", (until,))
                 return until
@@ -1211,16 +1220,15 @@ class Upstream:
 
 def retry_after(headers: Any) -> float:
     """Seconds from `Retry-After`, a number or a date (RFC 9110, section 10.2.3), or from Threat Stack's header."""
-    value = headers.get("Retry-After", "").strip()
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if re.fullmatch("[0-9]{1,9}", value):
-            return float(value)
-        if value:
+    value, milliseconds = (headers.get(name, "").strip() for name in ("Retry-After", "x-rate-limit-reset"))
+    decimal, seconds = r"[0-9]{1,12}(\.[0-9]+)?", 0.0
+    if re.fullmatch(decimal, value):
+        seconds = float(value)
+    elif value:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             # As UTC, also where a date names no zone, as asctime's does not: timestamp() would take that for local.
-            return max(0.0, calendar.timegm(parsedate_to_datetime(value).utctimetuple()) - time.time())
-        if re.fullmatch("[0-9]{1,12}", milliseconds := headers.get("x-rate-limit-reset", "").strip()):
-            return float(milliseconds) / 1000
-    return 0
+            seconds = calendar.timegm(parsedate_to_datetime(value).utctimetuple()) - time.time()
+    return max(seconds, float(milliseconds) / 1000 if re.fullmatch(decimal, milliseconds) else 0.0)
 
 
 class Wire(io.RawIOBase):
@@ -1382,7 +1390,9 @@ class ThreatStack(Upstream):
             raise self.error("bad_answer", "the answer is not this alert's detail")
         if not isinstance(value, (dict, list)):
             raise self.error("bad_answer", "the answer is neither an object nor a list")
-        is_error = "errors" in members or members.get("status") == "error"
+        is_error = members.get("errors") or members.get("status") == "error"
+        if path.endswith("/events") and "token" in members and members["token"] is not None:
+            log.warning("%s: there are more events than the API gives at once; the first are archived", path)
         if value == {} or ("id" not in members and is_error):
             raise self.error("bad_answer", "the answer is an error with status 200")
         return body
@@ -1426,7 +1436,8 @@ class ThreatStack(Upstream):
         said = f"{response.status} {body[:4000].decode(errors='replace')}"
         if response.status == 401 and self.config.auth == "hawk":
             skew = self._clock_of(response.headers) - int(sent)
-            if abs(skew) >= self.MAX_SKEW:  # NaN is not
+            stale = "stale" in f"{response.headers.get_all('WWW-Authenticate')} {said}".lower()
+            if abs(skew) >= (1 if stale else self.MAX_SKEW):  # NaN is not
                 cause, said = "clock", f"it is {abs(skew):.0f} s {'slow' if skew > 0 else 'fast'}: {said}"
         error = self.error(cause, said, retry_after=retry_after(response.headers))
         error.status = response.status
@@ -1435,7 +1446,8 @@ class ThreatStack(Upstream):
     @staticmethod
     def _clock_of(headers: Any) -> float:
         """What the server's clock says (seconds since the epoch), by Hawk's own word or by HTTP's date; else NaN."""
-        if match := re.match(r'(?i)Hawk (?:.*[ ,])?ts="([0-9]{1,12})"', headers.get("WWW-Authenticate", "")):
+        challenges = ", ".join(headers.get_all("WWW-Authenticate", []))
+        if match := re.search(r'(?i)\bHawk (?:.*[ ,])?ts="([0-9]{1,12})', challenges):
             return float(match[1])
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             return float(calendar.timegm(parsedate_to_datetime(headers.get("Date", "")).utctimetuple()))
@@ -1584,12 +1596,12 @@ class S3(Upstream):
             self._ask("head_object", Key=self.key(name), **extra)
             return True
         except UpstreamError as error:
-            if error.status not in (403, 404):
+            if error.status not in (400, 403, 404):
                 raise
             head = error
-        # An answer to HEAD has no body that would give the reason: one to a list does.
+        # An answer to HEAD has no body that would give the reason: one to a list does. 400 may be expired credentials.
         reason: UpstreamError | None = None
-        if head.status == 403 or not self._bucket_is_there:
+        if head.status != 404 or not self._bucket_is_there:
             try:
                 self._ask("list_objects_v2", MaxKeys=1, Prefix=self.key(name))
             except UpstreamError as error:
@@ -1599,6 +1611,8 @@ class S3(Upstream):
         if head.status == 404:
             self._bucket_is_there = True
             return False
+        if head.status == 400:
+            raise reason or head
         other = reason and 400 <= reason.status < 500 and reason.type not in ("s3_AccessDenied", "s3_403")
         raise reason if reason and other else self._unreadable(client)
 
@@ -2563,6 +2577,7 @@ class Backfill:
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
         self.listed = self.there = self.waiting = self.queued = self.bad = 0
         self.note = ""
+        self.problem: Exception | None = None  # what ends the run, for all of its threads
 
     def __str__(self) -> str:
         """What was done so far, in words."""
@@ -2609,9 +2624,17 @@ class Backfill:
                     refused = 300 <= status < 500 and status != 408
                     refused = refused or getattr(error, "type", "").removeprefix("s3_") in S3.CREDENTIALS
                     if refused or time.monotonic() + pause - began > PATIENCE:
-                        raise
+                        self.problem = self.problem or error
                     self.note = f"trying again: {error}"
-                nap(pause or backoff(tries, 30.0))
+                self.pause(pause or backoff(tries, 30.0))
+                if self.problem:
+                    raise self.problem from None
+
+    def pause(self, seconds: float) -> None:
+        """Wait, unless the run is over."""
+        end = time.monotonic() + seconds
+        while not self.problem and time.monotonic() < end:
+            nap(min(0.25, seconds))
 
     def pages(self) -> Iterator[str]:
         """The list of alerts, page by page: the text of a JSON array each. Raises UpstreamError."""
@@ -2627,14 +2650,16 @@ class Backfill:
         # In this order: an alert that is dismissed meanwhile is in the second list.
         for status in ("active", "dismissed"):
             more: dict[str, str] = {}
+            seen: set[int] = set()  # hashes of pages: the same page again and again would have no end
             while True:
                 text = self.page(status=status, **{"from": since, "until": until}, **more)
                 members = {name: (value, literal) for name, value, literal in parts(text)} if text[0] == "{" else {}
                 (alerts, literal), (token, number) = members.get("alerts", ("", "")), members.get("token", (None, ""))
-                if not isinstance(alerts, list) or (token and more == {"token": token}):
+                if not isinstance(alerts, list) or hash(text) in seen:
                     raise self.threatstack.error("bad_answer", "the list of alerts has no `alerts`, or has no end")
+                seen.add(hash(text))
                 yield literal
-                if token is None or token == "":
+                if number in ("", "null", '""', "false"):
                     break
                 more = {"token": token if isinstance(token, str) else number}
 
@@ -2649,24 +2674,42 @@ class Backfill:
         for i, (_, _, literal) in enumerate(parts(alerts)):
             alert = read_alert(literal, f"alerts[{i}].", time_of, "backfill")
             self.listed += 1
+            if isinstance(alert, Rejected) and ALERT_ID.fullmatch(alert.id or ""):
+                # The time serves for the key alone, and what the API lists has a detail there.
+                log.warning("backfill: %s; archived as of now: %s", alert.message, alert.id)
+                minute = f"{datetime.fromtimestamp(self.until, timezone.utc):%Y/%m/%d/%H/%M}"
+                alert = Arrival(str(alert.id), minute, "backfill", literal.encode())
             if isinstance(alert, Arrival):
                 found[alert.id] = alert
             else:
                 self.bad += 1
                 log.error("backfill: alert %s is not archived: %s", alert.id, alert.message)
+        # Before the look at what is there, for it may take hours.
+        while self.insist(queue_.counts)[0] >= BACKFILL_WAITS:
+            self.note = f"waiting: {BACKFILL_WAITS} alerts or more are queued (does `ts3d serve` run?)"
+            self.pause(0.5)
         # In this order: one that leaves the queue in between is in S3.
         waiting = self.insist(queue_.queued, found)
         rest = [alert for alert in found.values() if alert.id not in waiting]
         there = list(pool.map(self.insist, itertools.repeat(self.s3.exists), map(OBJECTS["alerts"].name, rest)))
         missing = [alert for alert, is_there in zip(rest, there, strict=True) if not is_there]
-        while missing and self.insist(queue_.counts)[0] >= BACKFILL_WAITS:
-            self.note = f"waiting: {BACKFILL_WAITS} alerts or more are queued"
-            nap(0.5)
-        if missing:
-            self.insist(queue_.put, missing)
+        while missing and not self.insist(self.put, queue_, missing):
+            self.note = "waiting: the queue is half full, or its disk is full (does `ts3d serve` run?)"
+            self.pause(0.5)
         self.waiting += len(waiting)
         self.there += sum(there)
         self.queued += len(missing)
+
+    @staticmethod
+    def put(queue_: Queue, alerts: list[Arrival]) -> bool:
+        """Whether there was room for these in the queue, where they are now. Raises QueueError."""
+        try:
+            queue_.put(alerts)
+            return True
+        except QueueFull:
+            if not queue_.counts()[0]:  # waiting makes no room
+                raise
+            return False
 
 
 def backfill(config: Config, since: float | None, until: float | None) -> int:
@@ -2704,7 +2747,9 @@ def backfill(config: Config, since: float | None, until: float | None) -> int:
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     print(f"backfill{' failed' if code else ''}: {run}", flush=True)
-    return 1 if run.bad else code
+    if code:
+        os._exit(code)  # other threads may wait for an upstream still
+    return 1 if run.bad else 0
 
 
 def complain(text: str) -> None:

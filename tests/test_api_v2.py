@@ -236,6 +236,20 @@ def test_a_401_that_is_the_clocks_fault(threat_stack, api, by, ahead, says):
     assert (caught.value.type, caught.value.scope) == ("threatstack_clock", "all")
 
 
+def test_a_timestamp_that_is_stale_is_the_clocks_fault_however_near(threat_stack, api):
+    challenge = f'Hawk ts="{int(time.time()) + 30}", tsm="x", error="Stale timestamp"'
+    headers = [("WWW-Authenticate", "Bearer"), ("WWW-Authenticate", challenge)]
+    api.mode = lambda handler: handler.send(401, b"{}", headers)
+    with pytest.raises(ts3d.UpstreamError, match="clock right"):
+        threat_stack().get("/alerts/abcd", "abcd")
+
+
+def test_events_of_which_there_are_more_are_said(threat_stack, api, caplog):
+    api.mode = lambda handler: handler.send(200, b'{"events": [{}], "token": "next"}')
+    threat_stack().get("/alerts/abcd/events")
+    assert "there are more events than the API gives at once" in caplog.text
+
+
 @pytest.mark.parametrize("by", ["Date", "ts", "garbage", "nothing"])
 def test_a_401_that_is_not(threat_stack, api, by):
     if by == "Date":

@@ -319,16 +319,37 @@ def test_malformed_entries_are_named_and_stop_nothing(make, s3, api, version):
     api.lists["active"] = [listed(n, version) for n in range(3)]
     api.lists["active"][1:1] = [(now() - HOUR, literal % time_of) for literal in bad]
     said = backfill(daemon, code=1)
-    assert said == "backfill: 7 listed, 0 there already, 3 queued, 4 malformed and not archived\n"
-    for id_, what in (
-        ("x", "id: "),
-        ("no-time", f"{time_of.decode()}: missing"),
-        ("bad-time", f"{time_of.decode()}: "),
-    ):
-        assert re.search(rf"ERROR backfill: alert {id_} is not archived: alerts\[\d\]\.{what}", backfill.said)
+    assert said == "backfill: 7 listed, 0 there already, 5 queued, 2 malformed and not archived\n"
+    assert re.search(r"ERROR backfill: alert x is not archived: alerts\[\d\]\.id: ", backfill.said)
+    for id_, what in (("no-time", "missing"), ("bad-time", '"soon"')):  # their detail can be had all the same
+        assert re.search(rf"alerts\[\d\]\.{time_of.decode()}: {what}.*; archived as of now: {id_}", backfill.said)
     assert remembered(daemon), "they would be no better the next time"
     daemon.start()
-    until(lambda: len(s3.objects("alerts/")) == 3)
+    until(lambda: len(s3.objects("alerts/")) == 5)
+
+
+def test_half_of_the_queue_is_kept_free_for_webhooks(make, s3, api):
+    daemon = make(queue__max_size="4M", archive__workers="0")
+    long = b', "note": "%s"}' % (b"x" * 6000)
+    api.lists["active"] = [(when, literal[:-1] + long) for when, literal in map(listed, range(400))]
+    process = start(daemon)
+    while "waiting: the queue is half full" not in (line := process.stderr.readline()):
+        assert process.poll() is None
+        assert "ERROR" not in line
+    daemon.start()
+    assert daemon.post({"alerts": [alert(1000, note="x" * 1_000_000)]})[0] == 200
+    daemon.stop()
+    daemon.set(archive__workers="16")
+    daemon.start()
+    assert process.communicate(timeout=60)[0] == "backfill: 400 listed, 0 there already, 400 queued\n"
+
+
+def test_one_that_fails_ends_at_once(make, s3, api, bucket):
+    """Also where a hundred looks at S3 fail at the same time, and each would be patient."""
+    daemon = make(s3__endpoint_url=bucket.url)
+    api.lists["active"] = [listed(n) for n in range(100)]
+    bucket.mode = lambda handler: handler.send(403 if handler.path.endswith("05") else 503, b"")
+    assert "these credentials need this policy" in (backfill(daemon, code=1, timeout=30), backfill.said.lower())[1]
 
 
 @pytest.mark.parametrize(
@@ -337,6 +358,7 @@ def test_malformed_entries_are_named_and_stop_nothing(make, s3, api, version):
         (1, b'[{"id": "alert-000000", "created_at": 1}]'),
         (1, b'{"alerts": []}'),
         (2, b'{"alerts": [], "token": "again"}'),
+        (2, b'{"alerts": [], "token": 5}'),
         (2, b"[]"),
         (2, b'{"token": null}'),
         (2, b'{"alerts": {}, "token": null}'),
@@ -432,6 +454,8 @@ def test_where_it_goes_on(make, s3, api, version):
         assert until_ == pytest.approx(at - (end or 0), abs=20)
         return until_
 
+    run("--from", "10m", begin=600)
+    assert remembered(daemon) is None  # the first that is remembered has seen a day
     first = run(begin=DAY)
     assert remembered(daemon) == pytest.approx(first, abs=0.01)
     second = run(begin=first - HOUR)

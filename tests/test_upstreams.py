@@ -601,6 +601,9 @@ HOUR = ts3d.LONGEST_RETRY_AFTER
         ({"x-rate-limit-reset": "-1"}, 0),
         ({"x-rate-limit-reset": "soon"}, 0),
         ({"Retry-After": "7", "x-rate-limit-reset": "1500"}, 7),
+        ({"Retry-After": "0", "x-rate-limit-reset": "4000"}, 4),
+        ({"Retry-After": "soon", "x-rate-limit-reset": "4500.0"}, 4.5),
+        ({"Retry-After": "1.5", "x-rate-limit-reset": ""}, 1.5),
     ],
     ids=lambda value: "+".join(value.values()).strip()[:31] if isinstance(value, dict) else "",
 )
