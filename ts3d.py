@@ -35,6 +35,7 @@ import json
 import logging
 import math
 import os
+import platform
 import queue
 import random
 import re
@@ -59,11 +60,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 VERSION = "0.1.0"
 T = TypeVar("T")
 Write = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]  # a part of a transaction, and what comes of it
+Refused = tuple[str, str | None, str]
 States = dict[int, tuple[str, str | None]]  # of queued jobs, by number: the step and the last error, which is JSON
 log = logging.getLogger("ts3d")
 
@@ -192,6 +194,7 @@ ENVIRONMENT = {  # the tutorial's variables, by the option that they override
 BASE_URLS = {"key": "https://app.threatstack.com/api/v1", "hawk": "https://api.threatstack.com/v2"}
 CONFIG_FILES = ("/etc/ts3d/ts3d.conf", os.path.join(os.path.dirname(os.path.realpath(__file__)), "ts3d.conf"))
 HOLD_BACK = 16 << 20  # bytes of disk that webhooks leave free, so that there is room to drain the queue
+DISK_FULL = f"the queue's disk has less than {HOLD_BACK >> 20}M free"
 SECRETS: list[str] = []  # what `redact` takes out of whatever is said
 
 
@@ -211,7 +214,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class Config(SimpleNamespace):
-    """The options' values by name, and `file` (its path), `put_object` (texts by parameter), `credentials`, `tls`."""
+    """The options' values by name, and `file` (its path), `put_object` (texts by parameter), `credentials`, `tls` …"""
 
     def __repr__(self) -> str:
         """Without the values: some are secrets."""
@@ -265,6 +268,7 @@ def load_config(path: str) -> Config:
     config.base_url = config.base_url or BASE_URLS[config.auth]
     state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     config.path = os.path.join(folder, config.path or os.path.join(state, "queue.db"))
+    config.certificate_ends = math.inf
     config.tls = load_tls(config)
     return config
 
@@ -321,11 +325,28 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(files[0], files[1], password="")  # a key with a password fails, and asks for none
+        config.certificate_ends = certificate_ends(files[0])
     except (ssl.SSLError, OSError) as error:
         cause = getattr(error, "reason", None) or error.strerror
         where = f"{config.file}: [server] tls_certificate, tls_key: {', '.join(files)}"
         raise ConfigError(f"{where}: no readable PEM pair: {cause}") from None
     return context
+
+
+def certificate_ends(path: str) -> float:
+    """When the first certificate of a PEM file ends (seconds since the epoch), NaN where it does not say.
+
+    The ssl module tells that of others' certificates alone. Here is what DER makes of its validity: a sequence of two
+    times, each with two or four digits for the year (RFC 5280, section 4.1.2.5). Raises OSError.
+    """
+    with open(path, encoding="latin-1") as file:
+        pem = re.search("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----", file.read())
+    time_of = rb"(?:\x17\x0d|\x18\x0f([0-9]{2}))([0-9]{12})Z"
+    found = pem and re.search(rb"\x30." + time_of + time_of, ssl.PEM_cert_to_DER_cert(pem[0]), re.DOTALL)
+    if not found:
+        return math.nan
+    century = found[3] or (b"20" if found[4] < b"50" else b"19")
+    return calendar.timegm(time.strptime((century + found[4]).decode(), "%Y%m%d%H%M%S"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,6 +395,87 @@ def describe(error: BaseException) -> str:
     """An exception in one line: its class, its text, which alone may be empty, and where in this file it passed."""
     lines = [str(frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
     return f"{type(error).__name__}: {error}" + (f" (ts3d.py:{'>'.join(lines)})" if lines else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: counted where it happens, shown by GET /metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS = {  # type and help, by name; https://prometheus.io/docs/practices/naming/
+    "ts3d_build_info": ("gauge", "Always 1; the labels say what runs."),
+    "ts3d_webhooks_total": ("counter", "Webhooks answered, by HTTP status."),
+    "ts3d_alerts_received_total": ("counter", "Alerts that came by webhook and are on disk."),
+    "ts3d_alerts_archived_total": ("counter", "Alerts of which all is in S3."),
+    "ts3d_alerts_rejected_total": ("counter", "Alerts in webhooks that are not valid."),
+    "ts3d_alerts_failed_total": ("counter", "Alerts set aside as failed."),
+    "ts3d_acknowledgement_seconds": ("summary", "From a webhook's first byte until its alerts are on disk."),
+    "ts3d_archive_seconds": ("summary", "From an alert's arrival until all of it is in S3."),
+    "ts3d_retries_total": ("counter", "Failures after which an alert is tried again, by upstream and cause."),
+    "ts3d_upstream_held": ("gauge", "1 while nothing but a probe is sent to the upstream, because it fails."),
+    "ts3d_queue_depth": ("gauge", "Alerts queued."),
+    "ts3d_queue_failed": ("gauge", "Alerts set aside as failed, until they are tried again."),
+    "ts3d_queue_oldest_age_seconds": ("gauge", "Age of the oldest alert that is queued."),
+    "ts3d_queue_size_bytes": ("gauge", "Disk that the queue takes."),
+    "ts3d_queue_max_size_bytes": ("gauge", "Disk that the queue may take: [queue] max_size."),
+    "ts3d_queue_disk_free_bytes": ("gauge", "Room on the queue's disk; webhooks are refused below 16M."),
+    "ts3d_tls_certificate_end_timestamp_seconds": ("gauge", "When the certificate of [server] tls_certificate ends."),
+    "process_start_time_seconds": ("gauge", "When the process started, in seconds since the epoch."),
+}
+Samples = dict[str, dict[str, float]]  # by a sample's name: values by labels, as Prometheus writes them
+
+
+class Metrics:
+    """What is counted since the start of the process."""
+
+    MOST_LABELS = 200  # causes are other programs' words: more of them are counted as "other"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._samples: Samples = {}
+        self.started = time.time()
+        for name, (kind, _) in METRICS.items():  # a rate needs to see the 0 before the 1
+            if kind == "summary":
+                self.observe(name, 0, 0)
+            elif name.startswith("ts3d_alerts_"):
+                self.count(name, 0)
+        for status in (200, 400, 401, 405, 408, 413, 431, 500, 503):
+            self.count("ts3d_webhooks_total", 0, status=status)
+
+    def count(self, name: str, amount: float = 1, **labels: Any) -> None:
+        """Add to a counter."""
+        with self._lock:
+            values = self._samples.setdefault(name, {})
+            if (text := labels_text(**labels)) not in values and len(values) >= self.MOST_LABELS:
+                text = labels_text(**dict.fromkeys(labels, "other"))
+            values[text] = values.get(text, 0) + amount
+
+    def observe(self, name: str, seconds: float, times: int = 1) -> None:
+        """Add to a summary."""
+        self.count(f"{name}_sum", seconds)
+        self.count(f"{name}_count", times)
+
+    def show(self, gauges: Samples) -> str:
+        """All metrics in Prometheus's text format, with these gauges.
+
+        https://prometheus.io/docs/instrumenting/exposition_formats/
+        """
+        with self._lock:
+            samples = {name: dict(values) for name, values in self._samples.items()} | gauges
+        lines = []
+        for name, (kind, help_) in METRICS.items():
+            family = [name] if kind != "summary" else [f"{name}_sum", f"{name}_count"]
+            rows = [f"{n}{labels} {value:.15g}\n" for n in family for labels, value in samples.get(n, {}).items()]
+            if rows:
+                lines += [f"# HELP {name} {help_}\n", f"# TYPE {name} {kind}\n", *rows]
+        return "".join(lines)
+
+
+def labels_text(**labels: Any) -> str:
+    """Labels as Prometheus writes them; the values hold nothing that would have to be escaped."""
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}" if labels else ""
+
+
+metrics = Metrics()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,7 +646,7 @@ class Job:
     tries: int
     waited: float
     due: float = 0
-    error: str | None = None
+    error: str | None = None  # JSON: type and message, and `since`, when it was the same for the first time
     failed: bool = False
     done: bool = False
     probe: bool = False  # may call an upstream that is held
@@ -552,7 +654,7 @@ class Job:
 
 
 class Queue:
-    """Jobs on disk: put, wait, take, release, body, retry, done, states, counts, prove_writable, close.
+    """Jobs on disk: put, take, release, body, retry, done, wait, states, counts … close.
 
     One thread writes: what waits to be written at one moment is one transaction and one fsync. A job that was taken
     is remembered in memory only, so that after a crash it is due again at once. `due` is a time of the monotonic
@@ -573,12 +675,16 @@ class Queue:
             tries    INTEGER NOT NULL DEFAULT 0,
             waited   REAL NOT NULL DEFAULT 0,
             failed   INTEGER NOT NULL DEFAULT 0,
-            error    TEXT, -- the last one: {"type": …, "message": …}
+            error    TEXT, -- the last one: {"type": …, "message": …, "since": …}
             body     BLOB NOT NULL);
         CREATE INDEX jobs_by_id ON jobs (id);
         CREATE INDEX jobs_by_due ON jobs (failed, step, due); -- and by number: no sorting
         PRAGMA user_version = 1;"""
     VERSION = 1
+    # Made with the first thing to note, as `backfill` is: a new version of the file would keep older daemons out, which
+    # need neither.
+    OBSTACLES = "CREATE TABLE IF NOT EXISTS obstacles (error TEXT NOT NULL) -- what stands in the daemon's way"
+    ANEW = "UPDATE jobs SET failed = 0, due = 0, tries = 0, waited = 0, error = NULL WHERE failed = 1"
     DELETE = "DELETE FROM jobs WHERE number = :number"
     UPDATE = """
         UPDATE jobs SET step = :step, tries = :tries, waited = :waited, due = :due, error = :error, failed = :failed
@@ -602,13 +708,18 @@ class Queue:
         self._lock = threading.Condition()  # for _reader, _taken and _outcomes; notified of what answers wait for
         self._taken: set[int] = set()
         self._outcomes: dict[int, Job] = {}  # jobs given back that are not on disk yet; they are in _taken too
-        self._refused = 0  # bytes of the last put, if there was no room for it
+        self.refused: dict[str, Any] | None = None  # why webhooks are refused, as an error, with their `bytes`
+        self.obstacles: list[str] = []  # what stands in the way, as JSON: written down for other processes
+        self._noted: list[str] | None = None if create else []  # what is written down
         self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
         self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
         try:
             self._open()
         except (QueueError, sqlite3.Error, OSError) as error:
-            raise ConfigError(f"{path}: {getattr(error, 'strerror', error)} ([queue] path)") from None
+            said = getattr(error, "strerror", error)
+            with contextlib.suppress(OSError):
+                said = f"{said}; {DISK_FULL}" if disk_free(path) < HOLD_BACK else said
+            raise ConfigError(f"{path}: {said} ([queue] path)") from None
         self._inbox: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         self.writer = threading.Thread(target=self._write_all, name="queue", daemon=True)
         self.writer.start()
@@ -626,10 +737,11 @@ class Queue:
             make(self.path + ".lock")
             lock = os.fdopen(os.open(self.path + ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
             enter(lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise QueueError("another `ts3d serve` works on this queue") from None
+            deadline = time.monotonic() + 1  # `running` holds it for a moment
+            while not locked(lock, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    raise QueueError("another `ts3d serve` works on this queue")
+                nap(0.02)
             make(self.path)
             # For a look at its bytes. It stays open: closing any descriptor of a file drops SQLite's locks (fcntl(2)).
             self._file = enter(open(self.path, "rb"))  # noqa: SIM115
@@ -726,16 +838,13 @@ class Queue:
                 late = any(OBJECTS[arrival.step].late for arrival in arrivals)
                 self._make_sure_of_room(db, bytes_, self.max_size // 2 if late else self.max_size)
             except QueueError as error:
-                if late:
-                    raise
-                if not self._refused:
+                if not late and not self.refused:
                     log.error("%s; webhooks are answered 503", error)
                 # What an empty queue would not take either says nothing of this one.
-                self._refused = bytes_ if bytes_ < self.max_size // 2 else 0
+                if not late and bytes_ < self.max_size // 2:
+                    since = (self.refused or {}).get("since", time.time())
+                    self.refused = {"type": "queue_full", "message": str(error), "since": since, "bytes": bytes_}
                 raise
-            if self._refused:
-                log.warning("the queue takes webhooks again")
-            self._refused = 0
             return [self._put_one(db, arrival, now) for arrival in arrivals]
 
         return self._write(run)
@@ -745,8 +854,7 @@ class Queue:
         same = db.execute(sql, (new.id, new.body, new.step == "backfill")).fetchone()
         if same:
             if same[1]:
-                anew = "failed = 0, due = 0, tries = 0, waited = 0, error = NULL"
-                db.execute(f"UPDATE jobs SET {anew} WHERE number = ?", same[:1])
+                db.execute(f"{self.ANEW} AND number = ?", same[:1])
             return int(same[0])
         sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
         return db.execute(sql, (new.id, new.minute, new.step, now, new.body)).lastrowid or 0
@@ -799,7 +907,7 @@ class Queue:
         """Commit something. Raises QueueError where a webhook would not be taken either."""
 
         def run(db: sqlite3.Connection) -> None:
-            self._make_sure_of_room(db, self._refused, self.max_size)
+            self._make_sure_of_room(db, (self.refused or {}).get("bytes", 0), self.max_size)
             # An UPDATE of nothing would write nothing: this writes a page as it was.
             db.execute(f"PRAGMA user_version = {self.VERSION}")
 
@@ -809,18 +917,22 @@ class Queue:
         """Raises QueueError unless `bytes_` more leave the queue within `limit` and the disk its reserve."""
         if self._lost():
             raise QueueError(f"the queue's file is gone from {self.path}")
+        used, free = self._space(db)
+        if used + bytes_ > limit:
+            raise QueueFull(f"the queue is full: [queue] max_size is {self.max_size} bytes")
+        if free < HOLD_BACK + bytes_:
+            raise QueueFull(DISK_FULL)
+
+    def _space(self, db: sqlite3.Connection) -> tuple[int, int]:
+        """Bytes that the queue takes of its disk, and bytes that are left to it. Raises OSError, sqlite3.Error."""
         pages, free, page = (
             db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_count", "freelist_count", "page_size")
         )
         wal = os.path.getsize(self._paths[1])
         if not self._wal_stuck:
             wal = min(wal, self._checkpoint_at)  # what is beyond was checkpointed, and the next commit cuts it off
-        if (pages - free) * page + wal + bytes_ > limit:
-            raise QueueFull(f"the queue is full: [queue] max_size is {self.max_size} bytes")
-        disk = os.statvfs(os.path.dirname(self.path))
         # The file's free pages are room too: it does not shrink when the queue has been drained.
-        if disk.f_bavail * disk.f_frsize + free * page < HOLD_BACK + bytes_:
-            raise QueueFull(f"the queue's disk has less than {HOLD_BACK >> 20}M free")
+        return (pages - free) * page + wal, disk_free(self.path) + free * page
 
     def _write(self, run: Callable[[sqlite3.Connection], T]) -> T:
         """Have `run` take part in the next transaction, and return its result. Raises QueueError."""
@@ -834,7 +946,7 @@ class Queue:
             promise(LONGEST_TURN)
             writes = [self._inbox.get()]
             writes += [self._inbox.get() for _ in range(self._inbox.qsize())]
-            if any(writes) or self._outcomes or self._broken:
+            if any(writes) or self._outcomes or self._broken or self.refused or self.obstacles != self._noted:
                 self._commit([write for write in writes if write])
 
     def _commit(self, writes: list[Write]) -> None:
@@ -846,7 +958,12 @@ class Queue:
                 log.warning("the queue was opened anew")
             with self._lock:
                 outcomes = list(self._outcomes.values())
+            obstacles = self.obstacles
             self._begin()
+            if obstacles != self._noted:
+                self._db.execute(self.OBSTACLES)
+                self._db.execute("DELETE FROM obstacles")
+                self._db.executemany("INSERT INTO obstacles VALUES (?)", [(obstacle,) for obstacle in obstacles])
             self._db.executemany(self.DELETE, [vars(job) for job in outcomes if job.done])
             self._db.executemany(self.UPDATE, [vars(job) for job in outcomes if not job.done])
             for run, _ in writes:
@@ -855,6 +972,8 @@ class Queue:
                 except QueueError as error:  # refuses this one, before it changed anything
                     results.append(error)
             self._db.execute("COMMIT")
+            self._noted = obstacles
+            self._look_for_room()
             with self._lock:
                 for job in outcomes:
                     if self._outcomes.get(job.number) is job:  # not taken again meanwhile
@@ -871,6 +990,14 @@ class Queue:
         for (_, future), result in zip(writes, results, strict=True):
             future.set_exception(result) if isinstance(result, QueueError) else future.set_result(result)
         self._checkpoint()
+
+    def _look_for_room(self) -> None:
+        """Whether there is room again for what was refused last."""
+        if self.refused:
+            with contextlib.suppress(QueueError):
+                self._make_sure_of_room(self._db, self.refused["bytes"], self.max_size)
+                self.refused = None
+                log.warning("the queue takes webhooks again")
 
     def _begin(self) -> None:
         """Begin a transaction that writes, once no other process is in one.
@@ -943,7 +1070,7 @@ class Queue:
         They stay taken until they are given back. Raises QueueError.
         """
         sql = (
-            "SELECT number, id, minute, step, received, tries, waited, due FROM jobs "
+            "SELECT number, id, minute, step, received, tries, waited, due, error FROM jobs "
             "WHERE failed = 0 AND step = ? AND due <= ? ORDER BY due, number LIMIT ?"
         )
         with self._lock:
@@ -984,6 +1111,59 @@ class Queue:
         age = max(0.0, time.time() - oldest[0][0]) if oldest else 0.0
         return counts.get(0, 0), counts.get(1, 0), age
 
+    def space(self) -> tuple[int, int]:
+        """Bytes that the queue takes of its disk, and bytes that are left to it. Raises QueueError."""
+        with self._lock:
+            try:
+                return self._space(self._reader)
+            except (OSError, sqlite3.Error) as error:
+                raise QueueError(f"the queue cannot be read: {error}") from error
+
+    def running(self) -> bool:
+        """Whether a daemon works on this queue."""
+        with contextlib.suppress(FileNotFoundError), open(self.path + ".lock", "rb") as lock:
+            return not locked(lock, fcntl.LOCK_SH)
+        return False
+
+    def troubles(self) -> list[dict[str, Any]]:
+        """What stands in the way: an error each, with `since`, how many alerts have it, and how many `failed` of it.
+
+        First what the daemon says, when it has run last. Raises QueueError.
+        """
+        exists = self._read("SELECT 1 FROM sqlite_master WHERE name = 'obstacles'")
+        noted = [json.loads(row[0]) for row in (self._read("SELECT error FROM obstacles") if exists else ())]
+        found = {error["type"]: error | {"queued": 0, "failed": 0} for error in noted}
+        sql = (  # one message of many: with max(), SQLite takes it from that row
+            "SELECT json_extract(error, '$.type') AS type, sum(failed = 0), sum(failed), max(number), "
+            "json_extract(error, '$.message'), min(json_extract(error, '$.since')) "
+            "FROM jobs WHERE error IS NOT NULL GROUP BY type ORDER BY type"
+        )
+        for kind, queued, failed, _, message, since in self._read(sql):
+            error = found.setdefault(kind, {"type": kind, "message": message, "since": since})
+            error.update(queued=queued, failed=failed)
+        return list(found.values())
+
+    def failed(self) -> Iterator[dict[str, Any]]:
+        """Each failed alert: `id`, `received` (seconds since the epoch), `tries`, `error`. Raises QueueError."""
+        sql = (
+            "SELECT number, id, received, tries, error FROM jobs WHERE failed = 1 AND number > ? "
+            "ORDER BY number LIMIT 1000"
+        )
+        number = 0
+        while rows := self._read(sql, number):
+            for number, id_, received, tries, error in rows:  # noqa: B007
+                yield {"id": id_, "received": received, "tries": tries, "error": json.loads(error or "{}")}
+
+    def retry_failed(self, ids: list[str]) -> dict[str, int]:
+        """Queue failed alerts again: those of these ids, or all; how many, by id. Raises QueueError."""
+
+        def run(db: sqlite3.Connection) -> dict[str, int]:
+            if not ids:
+                return {"": db.execute(self.ANEW).rowcount}
+            return {id_: db.execute(f"{self.ANEW} AND id = ?", (id_,)).rowcount for id_ in ids}
+
+        return self._write(run)
+
     def queued(self, ids: Iterable[str]) -> set[str]:
         """Those of these ids that have a job that has not failed. Raises QueueError."""
         with self._lock:
@@ -997,7 +1177,6 @@ class Queue:
         """
 
         def run(db: sqlite3.Connection) -> float | None:
-            # Made by the only command that needs it: no other has to know of it, so it is no other version of the file.
             db.execute("CREATE TABLE IF NOT EXISTS backfill (until REAL NOT NULL) -- one row, once a run was complete")
             row = db.execute("SELECT until FROM backfill").fetchone()
             # One beyond now was left by a clock that was wrong.
@@ -1025,6 +1204,21 @@ class Queue:
 def is_malformed(error: BaseException | None) -> bool:
     """Whether SQLite says that the file is no database or damaged: these two come as DatabaseError itself."""
     return type(error) is sqlite3.DatabaseError
+
+
+def disk_free(path: str) -> int:
+    """Bytes that are free where a file is, or is to be. Raises OSError."""
+    disk = os.statvfs(os.path.dirname(path))
+    return disk.f_bavail * disk.f_frsize
+
+
+def locked(file: Any, how: int) -> bool:
+    """Whether the lock of a file could be taken, as flock(2) has it. Raises OSError."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def make(path: str) -> None:
@@ -1066,10 +1260,11 @@ class UpstreamError(Exception):
 
     def __init__(self, upstream: str, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> None:
         super().__init__(printable(redact(text))[:500])
-        self.type = f"{upstream}_{re.sub('[^A-Za-z0-9]', '_', cause)}"
+        self.upstream, self.cause = upstream, re.sub("[^A-Za-z0-9]", "_", cause)[:60]
+        self.type = f"{upstream}_{self.cause}"
         self.scope, self.retry_after = scope, min(retry_after, LONGEST_RETRY_AFTER)
 
-    def as_json(self) -> dict[str, str]:
+    def as_json(self) -> dict[str, Any]:
         """The error as answers show it."""
         return {"type": self.type, "message": str(self)}
 
@@ -1084,19 +1279,29 @@ def backoff(tries: int, longest: float) -> float:
 
 @dataclass
 class Hold:
-    """An outage: since when and until which probe (monotonic clock), how many probes failed, and the last error."""
+    """An outage: since when and until which probe (monotonic clock), how many probes failed, and the last error.
+
+    `began` is `since` in seconds since the epoch, for people.
+    """
 
     since: float
     probe_at: float
     tries: int
     error: UpstreamError
+    began: float
 
 
 class Upstream:
     """What Threat Stack and S3 have in common: calls under way, and the hold that an outage puts on all of them."""
 
     name = title = "upstream"  # in types of errors and in the log; in messages
-    REFUSALS: dict[str, tuple[str, str]] = {}  # scope and hint, by cause
+    # What is known of errors: a pattern of `cause: text`, a scope (None: as it would be), a hint. The first counts.
+    REFUSALS: tuple[Refused, ...] = ()
+    BAD_CERTIFICATE: tuple[Refused, ...] = (
+        ("not yet valid|certificate has expired", None, "is this machine's clock right?"),
+        ("CERTIFICATE_VERIFY_FAILED", None, "is it the right address, and does this machine trust its certificate?"),
+    )
+    skew: float | None = None  # seconds by which this machine's clock is before the upstream's, at the last answer
     seats: int | None = None  # how many jobs may be at it at once
 
     def __init__(self) -> None:
@@ -1174,7 +1379,7 @@ class Upstream:
                     self._suspect = number
                 return
             began = not self.hold
-            hold = self.hold = self.hold or Hold(now, now, 0, error)
+            hold = self.hold = self.hold or Hold(now, now, 0, error, time.time())
             if began or started >= hold.since:
                 hold.tries += 1
                 hold.probe_at = now + backoff(hold.tries, PROBE_PAUSE)
@@ -1213,9 +1418,31 @@ class Upstream:
         return True
 
     def error(self, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> UpstreamError:
-        """An UpstreamError of this upstream; what REFUSALS says of the cause goes before `scope`."""
-        scope, hint = self.REFUSALS.get(cause, (scope, ""))
-        return UpstreamError(self.name, cause, f"{self.title}{hint and f' ({hint})'}: {text}", scope, retry_after)
+        """An UpstreamError of this upstream; what REFUSALS says of it goes before `scope`."""
+        hint = ""
+        for pattern, known, says in self.REFUSALS:
+            if re.search(pattern, f"{cause}: {text}"):
+                scope, hint = known or scope, f" ({says})" if says else ""
+                break
+        return UpstreamError(self.name, cause, f"{self.title}{hint}: {text}", scope, retry_after)
+
+    @contextlib.contextmanager
+    def logged(self, call: str) -> Iterator[list[str]]:
+        """Show a call in the log at DEBUG, with what came of it, which is put into this context's value."""
+        began, said = time.monotonic(), list[str]()
+        try:
+            yield said
+        except UpstreamError as error:
+            said.append(error.type)
+            raise
+        finally:
+            log.debug("%s %s seconds=%.3f", call, " ".join(said), time.monotonic() - began)
+
+    def learn_clock(self, date: str | None) -> None:
+        """Note from an answer's `Date` how far apart the clocks are (RFC 9110, section 6.6.1)."""
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            # Half of the second that it was cut to.
+            self.skew = time.time() - calendar.timegm(parsedate_to_datetime(date or "").utctimetuple()) - 0.5
 
 
 def retry_after(headers: Any) -> float:
@@ -1351,23 +1578,30 @@ class ThreatStack(Upstream):
     MAX_BODY = 32 << 20  # bytes of an answer
     MAX_SKEW = 60  # seconds that Hawk's clocks may differ
     CAUSES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 429: "rate_limited"}
-    REFUSALS = {
-        "unauthorized": ("all", "is [threatstack] api_key right?"),
-        "clock": ("all", "set this machine's clock right, by NTP for example: Hawk allows it a minute"),
-        "forbidden": ("some", "may [threatstack] api_key read alerts?"),
-        "not_found": ("alert", "not there yet, or is [threatstack] base_url right?"),
-        "rate_limited": ("all", ""),
-        **dict.fromkeys(
-            ("301", "302", "303", "307", "308"), ("some", "not followed: is [threatstack] base_url right?")
+    REFUSALS: tuple[Refused, ...] = (
+        (
+            "^unauthorized:",
+            "all",
+            "is [threatstack] api_key right? One of API v1, that is: one of v2 takes auth = hawk",
         ),
-    }
-    HAWK_REFUSALS = {"unauthorized": ("all", "are [threatstack] user_id, api_key and organization_id right?")}
+        ("^clock:", "all", "set this machine's clock right, by NTP for example: Hawk allows it a minute"),
+        ("^forbidden:", "some", "may [threatstack] api_key read alerts?"),
+        ("^not_found:", "alert", "not there yet, or is [threatstack] base_url right?"),
+        ("^rate_limited:", "all", "too many calls, of all of the organization's programs; it passes by itself"),
+        ("^30[12378]:", "some", "not followed: is [threatstack] base_url right?"),
+        ("^bad_answer: the answer is not JSON|^405:", None, "is [threatstack] base_url right?"),
+        *Upstream.BAD_CERTIFICATE,
+        ("^unreachable:", None, "is [threatstack] base_url right, and does this machine reach it?"),
+    )
+    HAWK_REFUSED = (
+        "are [threatstack] user_id, api_key and organization_id right, and of API v2? A key of v1: auth = key"
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         if config.auth == "hawk":
-            self.REFUSALS = {**self.REFUSALS, **self.HAWK_REFUSALS}
+            self.REFUSALS = (("^unauthorized:", "all", self.HAWK_REFUSED), *self.REFUSALS)
         # While Threat Stack hangs, some workers must be left for webhooks, which need only S3.
         self.seats = max(1, config.workers - max(1, config.workers // 8))
         # A call that hangs must not keep its alert for the whole of a long time-out once Threat Stack is back.
@@ -1399,6 +1633,12 @@ class ThreatStack(Upstream):
 
     def _fetch(self, url: str) -> bytes:
         """The body of the 200 to GET `url`. Raises UpstreamError."""
+        with self.logged(f"GET {url}") as said:
+            body = self._call(url)
+            said.append(f"200 bytes={len(body)}")
+            return body
+
+    def _call(self, url: str) -> bytes:
         headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Authorization": self.config.api_key}
         if self.config.auth == "hawk":
             headers["Authorization"] = hawk(self.config, url)
@@ -1422,6 +1662,7 @@ class ThreatStack(Upstream):
             raise self.error("timeout", f"no whole answer within {limits}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of size -2
             raise self.error("broken_off", f"the answer broke off: {error}") from None
+        self.learn_clock(response.headers.get("Date"))
         if response.status != 200:
             raise self._refusal(response, body, sent)
         if len(body) > self.MAX_BODY:
@@ -1477,25 +1718,46 @@ class S3(Upstream):
     HEADS = 8  # objects that backfill looks for at once
     CREDENTIALS = (
         *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
-        *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"),
+        *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "InvalidClientTokenId"),
     )
-    REFUSALS = {
-        "AccessDenied": ("some", "it takes s3:PutObject on the bucket's objects, and the key's if they are encrypted"),
-        "NoSuchBucket": ("all", "is [s3] bucket right?"),
-        "RequestTimeTooSkewed": ("all", "is this machine's clock right?"),
-        **dict.fromkeys(
-            CREDENTIALS,
-            ("all", "are the credentials right where boto3 looks: environment, ~/.aws, the instance's role?"),
+    REFUSALS: tuple[Refused, ...] = (
+        (f"^({'|'.join(CREDENTIALS)}):", "all", "are the credentials right where boto3 looks for them?"),
+        ("^NoSuchBucket:", "all", "is [s3] bucket right?"),
+        ("^RequestTimeTooSkewed:", "all", "is this machine's clock right?"),
+        (
+            "^(AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraintException|30[12378]):",
+            "all",
+            "are [s3] region and endpoint_url right?",
         ),
-        **dict.fromkeys(
-            ("AuthorizationHeaderMalformed", "PermanentRedirect", "301", "302", "307", "308"),
-            ("all", "are [s3] region and endpoint_url right?"),
+        ("^KMS", None, "is SSEKMSKeyId of [s3:put_object] an enabled symmetric key of the bucket's region?"),
+        (
+            "(?i)object.?lock|retain.?until",
+            None,
+            "Object Lock: better than a date in [s3:put_object], which passes, is the bucket's own default retention",
         ),
+        ("^(InvalidRequest|InvalidArgument|InvalidStorageClass):", None, "is [s3:put_object] right for this bucket?"),
+        *Upstream.BAD_CERTIFICATE,
+        (
+            "^(EndpointConnectionError|ConnectTimeoutError|SSLError|ResponseParserError|bad_answer"
+            "|MethodNotAllowed|NotImplemented|InvalidBucketName|40[045]|50[0-9]):",
+            None,
+            "is [s3] endpoint_url right, if it is set, and does this machine reach it?",
+        ),
+    )
+    PERMISSIONS = {  # that parameters of [s3:put_object] take beside s3:PutObject
+        "Tagging": "s3:PutObjectTagging",
+        "ACL": "s3:PutObjectAcl",
+        "ObjectLockMode": "s3:PutObjectRetention",
+        "ObjectLockLegalHoldStatus": "s3:PutObjectLegalHold",
+        "SSEKMSKeyId": "kms:GenerateDataKey (on the key)",
     }
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        more = (action for name, action in self.PERMISSIONS.items() if name in config.put_object)
+        needs = f"it takes {', '.join(('s3:PutObject', *more))} on {config.bucket}/{self.key('*')}, and its KMS key's"
+        self.REFUSALS = (("^(AccessDenied|403):", "some", needs), *self.REFUSALS)
         self._client: Any = None
         self._bucket_is_there = False  # as far as a HEAD's 404 is concerned
         self._extra: dict[str, Any] = {}
@@ -1508,36 +1770,38 @@ class S3(Upstream):
         """
         with self._connecting:  # making a client is not thread-safe, using one is
             if not self._client:
-                try:
-                    import boto3
-                    import botocore.config
-                    import botocore.exceptions
-                except ImportError as error:
-                    raise ConfigError(f"boto3 cannot be imported: {error}") from None
-                except OSError as error:  # files are used up, or the disk fails
-                    raise self.error("not_loaded", f"boto3 cannot be loaded: {error}", "all") from None
-                try:
-                    client = boto3.session.Session().client(
-                        "s3",
-                        region_name=self.config.region,
-                        endpoint_url=self.config.endpoint_url,
-                        config=botocore.config.Config(
-                            max_pool_connections=max(10, self.config.workers),
-                            connect_timeout=5,
-                            read_timeout=10,
-                            retries={"mode": "standard", "total_max_attempts": 2},  # the queue does the rest
-                        ),
-                    )
-                except (botocore.exceptions.BotoCoreError, OSError) as error:
-                    raise self.error(type(error).__name__, str(error), "all") from None
-                except ValueError as error:
-                    raise ConfigError(f"{self.config.file}: [s3] {error}") from None
+                client, _ = self._connect("s3", self.config.region, self.config.endpoint_url)
                 # A round trip saved, and a second where a server ignores it.
                 client.meta.events.register("before-sign.s3.PutObject", without_expect)
                 client.meta.events.register("before-call.s3.HeadBucket", without_region)
                 self._extra = self._parameters(client)
                 self._client = client
             return self._client
+
+    def _connect(self, service: str, region: str | None, endpoint_url: str | None) -> tuple[Any, Any]:
+        """A client of boto3's, and the credentials that it found, None for none. Raises ConfigError, UpstreamError."""
+        try:
+            import boto3
+            import botocore.config
+            import botocore.exceptions
+        except ImportError as error:
+            raise ConfigError(f"boto3 cannot be imported: {error}") from None
+        except OSError as error:  # files are used up, or the disk fails
+            raise self.error("not_loaded", f"boto3 cannot be loaded: {error}", "all") from None
+        config = botocore.config.Config(
+            max_pool_connections=max(10, self.config.workers),
+            connect_timeout=5,
+            read_timeout=10,
+            retries={"mode": "standard", "total_max_attempts": 2},  # the queue does the rest
+        )
+        try:
+            session = boto3.session.Session()
+            client = session.client(service, region_name=region, endpoint_url=endpoint_url, config=config)
+            return client, session.get_credentials()
+        except (botocore.exceptions.BotoCoreError, OSError) as error:
+            raise self.error(type(error).__name__, str(error), "all") from None
+        except ValueError as error:
+            raise ConfigError(f"{self.config.file}: [s3] {error}") from None
 
     def _parameters(self, client: Any) -> dict[str, Any]:
         """[s3:put_object] with the types of botocore's model. Raises ConfigError."""
@@ -1631,20 +1895,32 @@ class S3(Upstream):
         return error
 
     def _ask(self, operation: str, **parameters: Any) -> Any:
-        """The answer to this operation of boto3's client. Raises UpstreamError, ConfigError."""
+        """The answer to this operation on the bucket. Raises UpstreamError, ConfigError."""
         client = self.client()
+        with self.logged(f"{operation} {self.config.bucket}/{parameters.get('Key', '')}") as said:
+            answer = self._call(client, operation, Bucket=self.config.bucket, **parameters)
+            metadata = answer["ResponseMetadata"]
+            said.append(f"{metadata.get('HTTPStatusCode')} request={metadata.get('RequestId')}")
+            self.learn_clock(metadata.get("HTTPHeaders", {}).get("date"))
+            return answer
+
+    def _call(self, client: Any, operation: str, **parameters: Any) -> Any:
         import botocore.exceptions
 
         try:
-            return getattr(client, operation)(Bucket=self.config.bucket, **parameters)
+            return getattr(client, operation)(**parameters)
         except botocore.exceptions.ClientError as error:
-            metadata = error.response.get("ResponseMetadata", {})
+            metadata, problem = error.response.get("ResponseMetadata", {}), error.response.get("Error", {})
             status = metadata.get("HTTPStatusCode", 0)
-            code = str(error.response.get("Error", {}).get("Code") or status)
+            code, said = str(problem.get("Code") or status), str(error)
             self._forget(client, code)
             headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
+            self.learn_clock(headers.get("Date"))
+            region = headers.get("X-Amz-Bucket-Region") or problem.get("Region")
+            if region and region != client.meta.region_name:
+                said = f"the bucket is in {region}: set [s3] region = {region}. {said}"
             scope = "all" if status in (401, 429) else "some"
-            refusal = self.error(code, str(error), scope, retry_after(headers))
+            refusal = self.error(code, said, scope, retry_after(headers))
             refusal.status = status
             raise refusal from None
         except (botocore.exceptions.BotoCoreError, OSError) as error:
@@ -1663,6 +1939,31 @@ class S3(Upstream):
         with self._connecting:
             if cause in self.CREDENTIALS and self._client is client:
                 self._client = None
+
+    def identity(self) -> str:
+        """Whose credentials boto3 finds, and where. Raises UpstreamError, ConfigError.
+
+        https://docs.aws.amazon.com/STS/latest/APIReference/API_GetCallerIdentity.html: it takes no permission.
+        """
+        client, found = self._connect("s3", self.config.region, self.config.endpoint_url)
+        if not found:
+            raise self.error("NoCredentialsError", "boto3 finds no credentials")
+        if found.access_key.startswith("ASIA") and not found.token:
+            said = f"{found.method} has a temporary key ({found.access_key}) without its aws_session_token"
+            raise self.error("PartialCredentialsError", said)
+        # Another S3 may have a like service of its own, and has no business with AWS's.
+        endpoint = client.meta.endpoint_url
+        aws = re.search(r"\.amazonaws\.com(\.cn)?$", urllib.parse.urlsplit(endpoint).hostname or "")
+        own = None if aws or "AWS_ENDPOINT_URL_STS" in os.environ else endpoint
+        sts, _ = self._connect("sts", client.meta.region_name, own)
+        try:
+            with self.logged("get_caller_identity"):
+                who = self._call(sts, "get_caller_identity").get("Arn") or "nobody"
+        except UpstreamError as error:
+            if aws and error.cause in self.CREDENTIALS:
+                raise
+            who = f"access key {found.access_key}; who that is could not be asked ({error.cause})"
+        return f"{who}, from {found.method}"
 
     def check(self) -> str:
         """Write the object that `ts3d check` writes too, always the same. Raises ConfigError too."""
@@ -1774,7 +2075,12 @@ class Archiver:
         held = self.threatstack.hold or self.s3.hold
         return not self.config.workers or self.stopping.is_set() or held is not None
 
-    def trouble(self, step: str) -> dict[str, str] | None:
+    def held(self) -> list[dict[str, Any]]:
+        """The upstreams that are held: the error of each, with its name (`held`) and since when."""
+        held = ((upstream, upstream.hold) for upstream in (self.s3, self.threatstack))
+        return [{**hold.error.as_json(), "held": up.name, "since": hold.began} for up, hold in held if hold]
+
+    def trouble(self, step: str) -> dict[str, Any] | None:
         """What stands in the way of a job at this step, and of those after it."""
         upstreams = (self.s3,) if step == "rejected" else (self.s3, self.threatstack)
         errors = (upstream.trouble() for upstream in upstreams if self.config.workers)
@@ -1820,7 +2126,7 @@ class Archiver:
                 self.queue.release(job)
                 nap(1)
             except Exception as error:  # a bug: a worker that died would take its share of the archive with it
-                self._put_off(job, UpstreamError("internal", "error", f"internal error: {describe(error)}"), 0)
+                self._put_off(job, UpstreamError("ts3d", "internal", f"internal error: {describe(error)}"), 0)
             finally:
                 self.threatstack.leave(job)
                 self.wake.set()
@@ -1843,6 +2149,9 @@ class Archiver:
             return self._put_off(job, error, time.monotonic() - started)
         self.queue.done(job)
         age = max(0.0, time.time() - job.received)
+        if job.step != "rejected":
+            metrics.count("ts3d_alerts_archived_total")
+            metrics.observe("ts3d_archive_seconds", age)
         log.info("archived id=%s tries=%d seconds=%.3f keys=%s", job.id, job.tries + 1, age, ",".join(keys))
 
     def _may_begin(self, job: Job) -> bool:
@@ -1868,8 +2177,11 @@ class Archiver:
 
     def _put_off(self, job: Job, error: UpstreamError, seconds: float) -> None:
         """A try that failed: later again, at the upstream's fault or at the alert's own, or never."""
-        text, now = json.dumps(error.as_json()), time.monotonic()
+        before, now = json.loads(job.error or "{}"), time.monotonic()
+        since = before.get("since", time.time()) if before.get("type") == error.type else time.time()
+        text = json.dumps({**error.as_json(), "since": since})
         if error.longest is None:
+            metrics.count("ts3d_retries_total", upstream=error.upstream, cause=error.cause)
             # Due at once when the hold ends, but after all that have not failed: the probe is never the last to fail.
             return self.queue.retry(job, now, text)
         limit = self.config.give_up_after
@@ -1880,8 +2192,10 @@ class Archiver:
         # An outage is no fault of the alert: the upstream must have worked since the try before, and work now.
         if job.waited >= limit and (not error.blames or (error.blames.works() and not error.doubtful)):
             log.error("alert %s failed for good after %d tries: %s", job.id, job.tries, error)
+            metrics.count("ts3d_alerts_failed_total")
             return self.queue.retry(job, now, text, True)
         left = max(0.0, limit - job.waited) or PROBE_PAUSE
+        metrics.count("ts3d_retries_total", upstream=error.upstream, cause=error.cause)
         pause = max(min(backoff(job.tries, error.longest), left), error.retry_after)
         job.waited += pause
         log.warning("alert %s: %s; try %d follows in %.1f s", job.id, error, job.tries + 1, pause)
@@ -1892,6 +2206,7 @@ class Archiver:
 # HTTP
 # ---------------------------------------------------------------------------------------------------------------------
 
+WEBHOOKS = "/api/v1/s3/alert"
 ALL_BODIES = 64 << 20  # bytes of all bodies that are being received
 HEAD_BYTES, HEAD_LINES = 64 << 10, 100
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])")
@@ -1942,8 +2257,14 @@ def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int
 
 def require_token(config: Config, where: str, ip: str) -> None:
     """Raises ConfigError where others than this machine reach the address, and there is no webhook_token."""
-    if not config.webhook_token and not ipaddress.ip_address(ip.partition("%")[0]).is_loopback:
+    if not config.webhook_token and not is_loopback(ip):
         raise ConfigError(f"{where}: without a [server] webhook_token only a loopback address may be listened on")
+
+
+def is_loopback(ip: str) -> bool:
+    """Whether an address is this machine's own, also where IPv6 carries IPv4."""
+    found = ipaddress.ip_address(ip.partition("%")[0])
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def listen(config: Config) -> list[socket.socket]:
@@ -2110,19 +2431,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request, answer it, log it."""
         self.close_connection = True
-        self.command, self.path, self.note = "-", "-", ""
+        self.command, self.path, self.target, self.note = "-", "-", "-", ""
+        self.id = secrets.token_hex(8)
         self.unread = True  # there may be more of this request to come
         try:
             if not self.rfile.peek(1):
                 return
         except (OSError, ValueError):  # idle for too long, or gone
             return
-        started = time.monotonic()
+        started = self.started = time.monotonic()
         self.request.deadline, self.request.begun = started + self.server.config.request_timeout, True
-        refusal, payload = None, {}
+        refusal: Refusal | None = None
+        payload: dict[str, Any] | str = ""
         try:
             self.read_head()
-            payload = {"success": True, **self.route()}
+            payload = self.route()
         except Refusal as error:
             refusal = error.with_traceback(None)  # its frames hold the body
         except TimeoutError:
@@ -2131,17 +2454,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             refusal = Refusal(0, "gone", str(error))
             self.close_connection = True  # what it sent of its body is not the next request
         except Exception as error:  # a bug too is answered, and the daemon lives
-            log.error("internal error: %s", describe(error))
-            refusal = Refusal(500, "internal", "internal error: the log has more")
+            log.error("internal error: request=%s %s", self.id, describe(error))
+            refusal = Refusal(500, "internal", f"internal error: the log has more, with {self.id}")
         status, headers = 200, {}
         if refusal:
             status, payload, headers = refusal.status, refusal.payload, refusal.headers
             self.note += f" error={refusal}"
+        if status and self.target == WEBHOOKS:
+            metrics.count("ts3d_webhooks_total", status=status)
         if status:
             self.answer(status, payload, headers)
         path = self.path.partition("?")[0][:200]  # the query may hold the token
-        took = time.monotonic() - started
-        log.info("%s %s %s client=%s%s seconds=%.3f", self.command, path, status or "-", self.client, self.note, took)
+        said = f"{self.command} {path} {status or '-'} request={self.id} client={self.client}{self.note}"
+        log.info("%s seconds=%.3f", said, time.monotonic() - started)
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal."""
@@ -2151,6 +2476,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not match:
             raise Refusal(400, "malformed_request", "the request line is not METHOD TARGET HTTP/1.1")
         self.command, self.path = match[1].decode(), match[2].decode()
+        # absolute-form (RFC 9112, section 3.2.2)
+        self.target = re.sub("(?i)^https?://[^/?]*", "", self.path).partition("?")[0]
         self.fields: dict[str, list[str]] = {}
         for line in lines:
             field = HEADER_LINE.fullmatch(line)
@@ -2236,21 +2563,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # Answering -------------------------------------------------------------------------------------------------------
 
-    def route(self) -> dict[str, Any]:
+    def route(self) -> dict[str, Any] | str:
         """What the answer to this request says. Raises Refusal."""
-        target = re.sub("(?i)^https?://[^/?]*", "", self.path)  # absolute-form (RFC 9112, section 3.2.2)
-        routes = {"/api/v1/s3/alert": ("POST", self.webhook), "/healthz": ("GET", self.health)}
-        method, function = routes.get(target.partition("?")[0], (None, None))
+        routes: dict[str, tuple[str, Callable[[], dict[str, Any] | str]]] = {
+            WEBHOOKS: ("POST", self.webhook),
+            "/healthz": ("GET", self.health),
+            "/metrics": ("GET", self.show_metrics),
+        }
+        method, function = routes.get(self.target, ("", None))
         if function is None:
-            raise Refusal(404, "not_found", "there is nothing here; webhooks go to /api/v1/s3/alert")
+            raise Refusal(404, "not_found", f"there is nothing here; webhooks go to {WEBHOOKS}")
         if self.command != method and not (method == "GET" and self.command == "HEAD"):
-            allow = "GET, HEAD" if method == "GET" else str(method)
+            allow = "GET, HEAD" if method == "GET" else method
             raise Refusal(405, "method_not_allowed", f"only {allow}", {"Allow": allow})
         return function()
 
     def webhook(self) -> dict[str, Any]:
         """Take a webhook's alerts: each one's state, in the webhook's order, once they are on disk. Raises Refusal."""
-        self.authorize()
+        self.authorize("webhook token", self.server.config.webhook_token or [])
         alerts, numbers = self.take()
         try:
             queued = self.server.queue.wait(numbers, self.server.config.wait, self.server.archiver.hopeless)
@@ -2264,12 +2594,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 state, trouble = "rejected", {"type": "invalid_alert", "message": alert.message}
             elif (number := next(jobs)) in queued:
                 step, error = queued[number]
-                state, trouble = "queued", json.loads(error) if error else self.server.archiver.trouble(step)
+                trouble = json.loads(error) if error else self.server.archiver.trouble(step)
+                state, _ = "queued", trouble and trouble.pop("since", None)
             states.append({"id": alert.id, "state": state, **({"error": trouble} if trouble else {})})
         if alerts and not numbers:
             more = f" (and {len(states) - 1} more)" if len(states) > 1 else ""
             raise Refusal(400, "invalid_alert", states[0]["error"]["message"] + more, alerts=states)
-        return {"alerts": states}
+        return {"success": True, "alerts": states}
 
     def take(self) -> tuple[list[Arrival | Rejected], list[int]]:
         """Put a webhook on disk: what it says, and the numbers of the good alerts' jobs. Raises Refusal."""
@@ -2296,24 +2627,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 numbers = self.server.queue.put(good + rejected) if good or rejected else []
             except QueueError as error:
                 raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
+        metrics.observe("ts3d_acknowledgement_seconds", time.monotonic() - self.started)
+        metrics.count("ts3d_alerts_received_total", len(good))
+        metrics.count("ts3d_alerts_rejected_total", len(alerts) - len(good))
         self.server.archiver.wake.set()
         if problem:
             raise Refusal(400, "malformed_webhook", problem)
         return alerts, numbers[: len(good)]
 
-    def authorize(self) -> None:
-        """Raises Refusal unless the request presents a webhook token, or none is set."""
+    def authorize(self, kind: str, tokens: list[str]) -> None:
+        """Raises Refusal unless the request presents one of these tokens, or there is none."""
         query = self.path.partition("?")[2].replace("+", "%2B")  # `+` is itself here: tokens are often base64
         presented = urllib.parse.parse_qs(query, encoding="latin-1").get("token", [])
         for field in self.fields.get("authorization", ()):
             scheme, _, value = field.partition(" ")
             if scheme.lower() == "bearer":
                 presented.append(value.strip())
-        pairs = [(a.encode(), b.encode("latin-1")) for a in self.server.config.webhook_token or () for b in presented]
+        pairs = [(a.encode(), b.encode("latin-1")) for a in tokens for b in presented]
         # Every pair is compared, each in constant time.
-        if self.server.config.webhook_token and not any([hmac.compare_digest(*pair) for pair in pairs]):
-            message = "present the webhook token: Authorization: Bearer TOKEN, or ?token=TOKEN"
-            raise Refusal(401, "unauthorized", message, {"WWW-Authenticate": 'Bearer realm="ts3d"'})
+        if tokens and not any([hmac.compare_digest(*pair) for pair in pairs]):
+            self.refuse(f"present the {kind}: Authorization: Bearer TOKEN, or ?token=TOKEN")
+
+    def refuse(self, message: str) -> NoReturn:
+        """Raises Refusal: 401."""
+        raise Refusal(401, "unauthorized", message, {"WWW-Authenticate": 'Bearer realm="ts3d"'})
+
+    def show_metrics(self) -> str:
+        """Prometheus's metrics, for this machine or who has the token for them. Raises Refusal."""
+        config, archiver = self.server.config, self.server.archiver
+        if not config.metrics_token and not (self.client == "local" or is_loopback(self.client)):
+            self.refuse("set [server] metrics_token: without one this is for the machine itself")
+        self.authorize("metrics token", [config.metrics_token] if config.metrics_token else [])
+        held = {"s3": 0.0, "threatstack": 0.0, **{error["held"]: 1.0 for error in archiver.held()}}
+        build = {"version": VERSION, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
+        gauges: Samples = {
+            "ts3d_build_info": {labels_text(**build): 1},
+            "ts3d_upstream_held": {labels_text(upstream=name): value for name, value in held.items()},
+            "process_start_time_seconds": {"": metrics.started},
+        }
+        if math.isfinite(config.certificate_ends):
+            gauges["ts3d_tls_certificate_end_timestamp_seconds"] = {"": config.certificate_ends}
+        with contextlib.suppress(QueueError):  # then they are missing, and webhooks are answered 503
+            names = ("depth", "failed", "oldest_age_seconds", "size_bytes", "disk_free_bytes", "max_size_bytes")
+            values = (*self.server.queue.counts(), *self.server.queue.space(), config.max_size)
+            gauges |= {f"ts3d_queue_{name}": {"": value} for name, value in zip(names, values, strict=True)}
+        return metrics.show(gauges)
 
     def health(self) -> dict[str, Any]:
         """Whether webhooks can be taken, and what is queued. Raises Refusal."""
@@ -2325,14 +2683,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.queue.prove_writable()
         except QueueError as error:
             raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}, **counts) from None
-        return counts
+        return {"success": True, **counts}
 
-    def answer(self, status: int, payload: dict[str, Any], headers: dict[str, str]) -> None:
+    def answer(self, status: int, payload: dict[str, Any] | str, headers: dict[str, str]) -> None:
         """Send the answer; where the client may still be sending, let it read before the connection closes."""
         if self.unread or self.server.stopping:
             self.close_connection = True
-        body = json.dumps(payload).encode()
-        headers = {"Server": "ts3d", "Date": self.date_time_string(), "Content-Type": "application/json", **headers}
+        body = (payload if isinstance(payload, str) else json.dumps(payload)).encode()
+        kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(payload, str) else "application/json"
+        headers = {"Server": "ts3d", "Date": self.date_time_string(), "Content-Type": kind, **headers}
+        headers["X-Request-Id"] = self.id
         if self.close_connection:
             headers["Connection"] = "close"
         self.send_response_only(status)
@@ -2450,6 +2810,8 @@ def serve(config: Config) -> int:
     log.info("ts3d %s listens on %s, queue %s, %s", VERSION, shown, config.path, target)
     if not config.webhook_token:
         log.warning("[server] webhook_token is not set: whoever can connect can post alerts")
+    if config.certificate_ends < time.time():
+        log.error("the certificate of [server] tls_certificate ended on %s", rfc_3339(config.certificate_ends))
     notify("READY=1")  # before boto3 is imported, which takes longer than all the rest
     archiver.start()
     problem = supervise(queue_, archiver, [acceptor, queue_.writer, *archiver.threads])
@@ -2482,6 +2844,8 @@ def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]
         # time-out of its own goes by the wall clock, and one that is set back would make it wait for as long.
         archiver.wake.set()
         queue_.stir()
+        refused = [{k: v for k, v in queue_.refused.items() if k != "bytes"}] if queue_.refused else []
+        queue_.obstacles = [json.dumps(error) for error in refused + archiver.held()]
         queue_.beat()
         if time.monotonic() >= next_word:
             next_word = time.monotonic() + pause
@@ -2495,32 +2859,44 @@ def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]
     return None
 
 
+CLOCKS_DIFFER = 60.0  # seconds that `check` lets clocks differ: as Hawk does
+
+
 def check(path: str) -> int:
-    """Look at configuration, queue, S3 and Threat Stack: a line each, `ok` or what is wrong."""
+    """Look at all that the daemon needs: a line each, `ok`, or what is wrong and how to mend it. The exit code."""
+    failed = False
 
-    def check_configuration(config: Config) -> str:
-        vars(config).update(vars(load_config(path)))
-        require_upstreams(config)
-        listen_address(config)
-        return path
-
-    config, code = Config(), 0
-    looks: dict[str, Callable[[Config], str]] = {
-        "configuration": check_configuration,
-        "queue": check_queue,
-        "s3": lambda config: S3(config).check(),
-        "threatstack": lambda config: ThreatStack(config).check(),
-    }
-    for name, look in looks.items():
+    def look(name: str, function: Callable[..., T], *arguments: Any) -> T | None:
+        nonlocal failed
+        verdict, value = "ok", None
         try:
-            verdict, said = "ok", look(config)
+            value = function(*arguments)
+            said = path if isinstance(value, Config) else str(value)
         except Exception as error:  # one look that goes wrong must not keep the others from being taken
             expected = isinstance(error, (ConfigError, UpstreamError, QueueError))
-            verdict, said, code = "FAIL", str(error) if expected else describe(error), 1
+            verdict, said, failed = "FAIL", str(error) if expected else describe(error), True
         print(f"{verdict:6}{name:14}{printable(redact(said))}", flush=True)
-        if name == "configuration" and code:
-            break
-    return code
+        return value
+
+    if config := look("configuration", check_configuration, path):
+        start_log(config.level)
+        s3, threatstack = S3(config), ThreatStack(config)
+        look("queue", check_queue, config)
+        look("credentials", s3.identity)
+        look("s3", s3.check)
+        look("threatstack", threatstack.check)
+        look("clock", check_clock, s3, threatstack)
+        if config.tls:
+            look("certificate", check_certificate, config)
+    return int(failed)
+
+
+def check_configuration(path: str) -> Config:
+    """The configuration, if all of it can be used. Raises ConfigError."""
+    config = load_config(path)
+    require_upstreams(config)
+    listen_address(config)
+    return config
 
 
 def check_queue(config: Config) -> str:
@@ -2529,10 +2905,128 @@ def check_queue(config: Config) -> str:
     if not os.path.exists(config.path):
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ConfigError(f"{config.path}: {folder} is no folder that can be written ([queue] path)")
+        if disk_free(config.path) < HOLD_BACK:
+            raise QueueError(f"{config.path}: {DISK_FULL}: webhooks will be answered 503")
         return f"{config.path} is not there yet: `ts3d serve` makes it"
     with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
         queued, failed, _ = queue_.counts()
-    return f"{config.path}: {queued} queued, {failed} failed"
+        queue_.prove_writable()
+        for trouble in queue_.troubles():
+            if trouble["type"] == "queue_full" and queue_.running():
+                raise QueueError(f"{config.path}: {trouble['message']}: webhooks are answered 503")
+    more = " (`ts3d status` says why)" if queued or failed else ""
+    return f"{config.path}: {queued} queued, {failed} failed{more}"
+
+
+def check_clock(*upstreams: Upstream) -> str:
+    """How far this machine's clock is from the upstreams', in words. Raises ConfigError."""
+    skews = {upstream.title: upstream.skew for upstream in upstreams if upstream.skew is not None}
+    said = " and ".join(
+        f"{abs(skew):.0f} s {'before' if skew > 0 else 'behind'} {title}'s" for title, skew in skews.items()
+    )
+    if any(abs(skew) > CLOCKS_DIFFER for skew in skews.values()):
+        raise ConfigError(f"this machine's clock is {said}: set it right, by NTP for example (timedatectl set-ntp yes)")
+    return f"this machine's is {said}" if said else "not compared: neither S3 nor Threat Stack said what time it is"
+
+
+def check_certificate(config: Config) -> str:
+    """How long [server] tls_certificate is valid, in words. Raises ConfigError where it is not any more."""
+    left = config.certificate_ends - time.time()
+    if math.isnan(left):
+        return f"{config.tls_certificate}: no last day is found in it"
+    said = f"{config.tls_certificate}: its last day is {rfc_3339(config.certificate_ends)[:10]}"
+    if left < 0:
+        raise ConfigError(f"{said}, which is over: Threat Stack sends nothing any more. Renew it, and restart ts3d")
+    return f"{said}, in {duration(left)}"
+
+
+def duration(seconds: float) -> str:
+    """A time span for people, in its two largest units."""
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days:.0f} d {hours % 24:.0f} h"
+    if hours:
+        return f"{hours:.0f} h {minutes % 60:.0f} min"
+    return f"{minutes:.0f} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"
+
+
+def size(bytes_: int) -> str:
+    """Bytes for people, in the units of ts3d.conf."""
+    unit = max((unit for unit, n in SIZE.items() if bytes_ >= n), key=SIZE.__getitem__, default="")
+    return f"{bytes_ / SIZE[unit]:.1f}{unit}".replace(".0", "") if unit else str(bytes_)
+
+
+def status(config: Config, list_failed: bool, as_json: bool) -> int:
+    """Say what is queued and failed, and what stands in the way; it takes nothing but the queue's file."""
+    with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
+        queued, failed, oldest = queue_.counts()
+        used, free = queue_.space()
+        running, troubles = queue_.running(), queue_.troubles()
+        if free < HOLD_BACK and not any(trouble["type"] == "queue_full" for trouble in troubles):
+            troubles.insert(0, {"type": "disk_full", "message": DISK_FULL})
+        if config.certificate_ends < time.time():
+            message = "the certificate of [server] tls_certificate is over"
+            troubles.insert(0, {"type": "tls_certificate", "message": message, "since": config.certificate_ends})
+        if as_json:
+            failures = {"failures": list(map(readable, queue_.failed()))} if list_failed else {}
+            counts = {"running": running, "queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
+            disk = {"queue_bytes": used, "max_bytes": config.max_size, "disk_free_bytes": free}
+            print(json.dumps({**counts, **disk, "troubles": list(map(readable, troubles)), **failures}))
+        elif list_failed:
+            for alert in queue_.failed():
+                say(f"{alert['id']} received {rfc_3339(alert['received'])}, failed after {alert['tries']} tries")
+                say(alert["error"].get("message", ""), "    ")
+        else:
+            say(f"daemon   {'runs' if running else 'does not run'}")
+            say(f"queued   {queued}" + (f", the oldest for {duration(oldest)}" if queued else ""))
+            hint = ": `ts3d status --failed` lists them, `ts3d retry` tries them again" if failed else ""
+            say(f"failed   {failed}{hint}")
+            say(f"disk     {size(used)} of {size(config.max_size)} used, {size(free)} free: {config.path}")
+            last = "" if running else ", when the daemon ran last"
+            say(f"\nWhat stands in the way{last}:" if troubles else "\nNothing stands in the way.")
+            for trouble in troubles:
+                say(headline(trouble))
+                say(trouble["message"], "    ")
+    return 0
+
+
+def headline(trouble: dict[str, Any]) -> str:
+    """What is in the way, since when, and of how many alerts."""
+    said = f"{trouble['type']}{', and nothing is sent there but a probe' if 'held' in trouble else ''}"
+    if since := trouble.get("since"):
+        said += f", since {rfc_3339(since)[:19]}Z ({duration(max(0, time.time() - since))})"
+    counts = [f"{trouble[state]} {state}" for state in ("queued", "failed") if trouble.get(state)]
+    return said + (f": {', '.join(counts)}" if counts else "")
+
+
+def readable(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with its times as RFC 3339 has them."""
+    times = {name: rfc_3339(entry[name]) for name in ("since", "received") if entry.get(name)}
+    return {**entry, **times, **({"error": readable(entry["error"])} if "error" in entry else {})}
+
+
+def say(text: str, indent: str = "") -> None:
+    """Print for people, in lines of at most 80 columns."""
+    import textwrap  # here, as the daemon starts faster without it
+
+    for line in text.splitlines():
+        said = printable(redact(line))
+        print(textwrap.fill(said, 79, initial_indent=indent, subsequent_indent=indent or 9 * " "))
+
+
+def retry(config: Config, ids: list[str]) -> int:
+    """Queue failed alerts again, those named or all; 1 where one that is named has not failed."""
+    with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
+        waiting, code = queue_.queued(ids), 0
+        counts = queue_.retry_failed(ids)
+    for id_ in ids:
+        if not counts[id_] and id_ in waiting:
+            print(f"{id_} has not failed: it is queued")
+        elif not counts[id_]:
+            complain(f"there is no failed alert {id_}: `ts3d status --failed` lists them")
+            code = 1
+    print(f"{sum(counts.values())} queued again")
+    return code
 
 
 BACKFILL_WAITS = 1000  # jobs that are queued when backfill adds no more
@@ -2769,6 +3263,11 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("serve", parents=[option], help="the daemon (the default command)")
     commands.add_parser("check", parents=[option], help="say whether everything is in place")
+    look = commands.add_parser("status", parents=[option], help="what is queued, and what stands in the way")
+    look.add_argument("--failed", action="store_true", help="list the failed alerts with their errors")
+    look.add_argument("--json", action="store_true", help="for programs")
+    again = commands.add_parser("retry", parents=[option], help="queue failed alerts again")
+    again.add_argument("ids", metavar="ID", nargs="*", help="those to queue; by default all")
     fill = commands.add_parser("backfill", parents=[option], help="archive what the API lists and S3 lacks")
     form = "a time (RFC 3339), a date (UTC), or an age such as 2h"
     fill.add_argument("--from", dest="since", metavar="T", type=moment, help=f"{form}; by default where it left off")
@@ -2782,13 +3281,20 @@ def main(arguments: list[str] | None = None) -> int:
         start_log(config.level)
         if chosen.command == "backfill":
             return backfill(config, chosen.since, chosen.until)
+        if chosen.command == "status":
+            return status(config, chosen.failed, chosen.json)
+        if chosen.command == "retry":
+            return retry(config, chosen.ids)
         return serve(config)
     except ConfigError as error:
         complain(str(error))
         return 78  # EX_CONFIG of sysexits.h
     except KeyboardInterrupt:
         return 130
-    except (RuntimeError, OSError) as error:  # no thread can be started, no file opened
+    except BrokenPipeError:  # `ts3d status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains of it again at exit
+        return 1
+    except (QueueError, RuntimeError, OSError) as error:  # no thread can be started, no file opened
         complain(str(error))
         return 1
     except Exception as error:  # a bug: one line for the user, who can do nothing with a traceback

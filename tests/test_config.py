@@ -123,7 +123,12 @@ def test_a_broken_boto3(new_daemon):
     assert "no luck" in wrong(daemon)
     result = daemon.run("check")
     assert result.returncode == 1
-    assert [line.split()[:2] for line in result.stdout.splitlines()][2:] == [["FAIL", "s3"], ["ok", "threatstack"]]
+    assert [line.split()[:2] for line in result.stdout.splitlines()][2:] == [
+        ["FAIL", "credentials"],
+        ["FAIL", "s3"],
+        ["ok", "threatstack"],
+        ["ok", "clock"],
+    ]
 
 
 def test_a_missing_file(new_daemon):
@@ -311,7 +316,7 @@ def test_check(new_daemon, s3, api):
     result = daemon.run("check")
     assert result.returncode == 0, result
     lines = [line.split()[:2] for line in result.stdout.splitlines()]
-    assert lines == [["ok", name] for name in ("configuration", "queue", "s3", "threatstack")]
+    assert lines == [["ok", name] for name in ("configuration", "queue", "credentials", "s3", "threatstack", "clock")]
     assert list(s3.objects()) == ["ts3d-check"]
     assert api.paths() == ["/api/v1/alerts?count=1"]
     assert not daemon.queue.exists()

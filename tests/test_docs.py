@@ -57,7 +57,7 @@ def test_the_policies(new_daemon):
     """That of `serve`, and what `backfill` needs beside it, in the words in which it asks for that."""
     least, reading = [json.loads(block) for language, block in BLOCKS if language == "json"]
     assert [statement["Action"] for statement in least["Statement"]] == ["s3:PutObject"]
-    config = ts3d.Config(file="", workers=0, prefix="", bucket="my-evidence")
+    config = ts3d.Config(file="", workers=0, prefix="", bucket="my-evidence", put_object={})
     said = str(ts3d.S3(config)._unreadable(SimpleNamespace(meta=SimpleNamespace(partition="aws"))))
     assert json.loads(said[said.index("{") :]) == reading
 

@@ -189,7 +189,7 @@ def test_secrets_are_nowhere(new_daemon, api, tmp_path):
                 sock.sendall(data.encode())
                 sock.shutdown(socket.SHUT_WR)
                 said.append(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
-    until(lambda: daemon.logged("Threat Stack: 500|S3: .*500|s3 is held"))
+    until(lambda: daemon.logged("Threat Stack.*: 500|S3.*: .*500|s3 is held"))
     process = Path(f"/proc/{daemon.process.pid}")
     said.append((process / "cmdline").read_text())
     daemon.stop()

@@ -556,7 +556,11 @@ def test_clients_that_vanish(daemon):
         with socket.create_connection(daemon.address, 10) as sock:
             sock.sendall(whole[:n])
     assert daemon.post(EMPTY)[0] == 200
-    until(lambda: daemon.logged("POST /api/v1/s3/alert - client=127.0.0.1 error=closed in the middle of a body"))
+    until(
+        lambda: daemon.logged(
+            "POST /api/v1/s3/alert - request=[0-9a-f]{16} client=127.0.0.1 error=closed in the middle of a body"
+        )
+    )
 
 
 def test_a_secret_is_in_no_log_line_whatever_the_request_is(new_daemon):
