@@ -1125,14 +1125,14 @@ class Queue:
             return not locked(lock, fcntl.LOCK_SH)
         return False
 
-    def troubles(self) -> list[dict[str, Any]]:
-        """What stands in the way: an error each, with `since`, how many alerts have it, and how many `failed` of it.
+    def causes(self) -> list[dict[str, Any]]:
+        """What stands in the way: errors with `since`, and how many alerts are `queued` and `failed` because of each.
 
-        First what the daemon says, when it has run last. Raises QueueError.
+        First what the daemon says that runs, or ran last. Raises QueueError.
         """
         exists = self._read("SELECT 1 FROM sqlite_master WHERE name = 'obstacles'")
         noted = [json.loads(row[0]) for row in (self._read("SELECT error FROM obstacles") if exists else ())]
-        found = {error["type"]: error | {"queued": 0, "failed": 0} for error in noted}
+        found: dict[str, dict[str, Any]] = {error["type"]: error for error in noted}
         sql = (  # one message of many: with max(), SQLite takes it from that row
             "SELECT json_extract(error, '$.type') AS type, sum(failed = 0), sum(failed), max(number), "
             "json_extract(error, '$.message'), min(json_extract(error, '$.since')) "
@@ -1141,6 +1141,9 @@ class Queue:
         for kind, queued, failed, _, message, since in self._read(sql):
             error = found.setdefault(kind, {"type": kind, "message": message, "since": since})
             error.update(queued=queued, failed=failed)
+        for error in noted:
+            if "held" in error:  # also those wait that have not been tried
+                error["queued"] = self.counts()[0]
         return list(found.values())
 
     def failed(self) -> Iterator[dict[str, Any]]:
@@ -2911,9 +2914,9 @@ def check_queue(config: Config) -> str:
     with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
         queued, failed, _ = queue_.counts()
         queue_.prove_writable()
-        for trouble in queue_.troubles():
-            if trouble["type"] == "queue_full" and queue_.running():
-                raise QueueError(f"{config.path}: {trouble['message']}: webhooks are answered 503")
+        for cause in queue_.causes():
+            if cause["type"] == "queue_full" and queue_.running():
+                raise QueueError(f"{config.path}: {cause['message']}: webhooks are answered 503")
     more = " (`ts3d status` says why)" if queued or failed else ""
     return f"{config.path}: {queued} queued, {failed} failed{more}"
 
@@ -2961,42 +2964,45 @@ def status(config: Config, list_failed: bool, as_json: bool) -> int:
     with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
         queued, failed, oldest = queue_.counts()
         used, free = queue_.space()
-        running, troubles = queue_.running(), queue_.troubles()
-        if free < HOLD_BACK and not any(trouble["type"] == "queue_full" for trouble in troubles):
-            troubles.insert(0, {"type": "disk_full", "message": DISK_FULL})
+        running, causes = queue_.running(), queue_.causes()
+        failures = queue_.failed() if list_failed else iter(())
+        if free < HOLD_BACK and not any(cause["type"] == "queue_full" for cause in causes):
+            causes.insert(0, {"type": "disk_full", "message": DISK_FULL})
         if config.certificate_ends < time.time():
-            message = "the certificate of [server] tls_certificate is over"
-            troubles.insert(0, {"type": "tls_certificate", "message": message, "since": config.certificate_ends})
+            message = "the certificate of [server] tls_certificate has expired"
+            causes.insert(0, {"type": "tls_certificate", "message": message, "since": config.certificate_ends})
         if as_json:
-            failures = {"failures": list(map(readable, queue_.failed()))} if list_failed else {}
             counts = {"running": running, "queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
             disk = {"queue_bytes": used, "max_bytes": config.max_size, "disk_free_bytes": free}
-            print(json.dumps({**counts, **disk, "troubles": list(map(readable, troubles)), **failures}))
-        elif list_failed:
-            for alert in queue_.failed():
-                say(f"{alert['id']} received {rfc_3339(alert['received'])}, failed after {alert['tries']} tries")
-                say(alert["error"].get("message", ""), "    ")
-        else:
+            lists = {"causes": list(map(readable, causes)), "failures": list(map(readable, failures))}
+            print(json.dumps({**counts, **disk, **lists}))
+            return 0
+        if not list_failed:
             say(f"daemon   {'runs' if running else 'does not run'}")
             say(f"queued   {queued}" + (f", the oldest for {duration(oldest)}" if queued else ""))
             hint = ": `ts3d status --failed` lists them, `ts3d retry` tries them again" if failed else ""
             say(f"failed   {failed}{hint}")
             say(f"disk     {size(used)} of {size(config.max_size)} used, {size(free)} free: {config.path}")
-            last = "" if running else ", when the daemon ran last"
-            say(f"\nWhat stands in the way{last}:" if troubles else "\nNothing stands in the way.")
-            for trouble in troubles:
-                say(headline(trouble))
-                say(trouble["message"], "    ")
+            last = "" if running else ", as of when the daemon ran last"
+            say(f"\nWhat stands in the way{last}:" if causes else "\nNothing stands in the way.")
+            for cause in causes:
+                say(headline(cause))
+                say(cause["message"], "    ")
+        elif not failed:
+            say("none has failed")
+        for alert in failures:
+            say(f"{alert['id']} came {rfc_3339(alert['received'])}, and failed after {alert['tries']} tries")
+            say(f"{alert['error'].get('type')}: {alert['error'].get('message')}", "    ")
     return 0
 
 
-def headline(trouble: dict[str, Any]) -> str:
+def headline(cause: dict[str, Any]) -> str:
     """What is in the way, since when, and of how many alerts."""
-    said = f"{trouble['type']}{', and nothing is sent there but a probe' if 'held' in trouble else ''}"
-    if since := trouble.get("since"):
+    said = f"{cause['held']} is held: {cause['type']}" if "held" in cause else str(cause["type"])
+    if since := cause.get("since"):
         said += f", since {rfc_3339(since)[:19]}Z ({duration(max(0, time.time() - since))})"
-    counts = [f"{trouble[state]} {state}" for state in ("queued", "failed") if trouble.get(state)]
-    return said + (f": {', '.join(counts)}" if counts else "")
+    counts = [f"{cause[state]} {state}" for state in ("queued", "failed") if cause.get(state)]
+    return f"{said}: {', '.join(counts)}" if counts else said
 
 
 def readable(entry: dict[str, Any]) -> dict[str, Any]:
