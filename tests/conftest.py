@@ -59,11 +59,12 @@ def environment(**more):
     return {**kept, **AWS, **{name: str(value) for name, value in more.items()}}
 
 
-def readme(section, language):
-    """The first block of this language (`""`: of none) in a section of the README."""
-    text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+def readme(section, language, number=0):
+    """A block of this language (`""`: of none) in a section of the README (`""`: before the first), counted from 0."""
+    text = (ROOT / "README.md").read_text()
+    text = (text.partition(f"\n## {section}\n")[2] if section else text).partition("\n## ")[0]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return next(block for kind, block in blocks if kind == language)
+    return [block for kind, block in blocks if kind == language][number]
 
 
 class Rclone:
@@ -326,9 +327,10 @@ def machine(request, tmp_path_factory):
 @pytest.fixture
 def silent(machine):
     """That no secret, and no traceback, is in the journal."""
+    secrets = machine.secrets()
     yield
     journal = machine.run("journalctl --no-pager --output=cat").stdout
-    assert not [secret for secret in (*machine.secrets(), "Traceback") if secret in journal]
+    assert not [secret for secret in (*secrets, "Traceback") if secret in journal]
 
 
 @pytest.fixture

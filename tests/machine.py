@@ -17,7 +17,7 @@ import threatstack
 from conftest import AWS, ROOT, Rclone, alert, readme, until
 
 PACKAGES = "systemd systemd-sysv dbus curl"
-DOWNLOADED = "ca-certificates python3-boto3 python3-venv nginx-light caddy certbot pebble"
+DOWNLOADED = "ca-certificates python3-boto3 python3-venv nginx-light caddy certbot pebble awscli prometheus sqlite3"
 HOSTS = "127.0.0.1 localhost ts3d.example.com\n::1 localhost\n"
 BASES = ROOT / ".venv" / "machines"
 COMMAND = ["env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
@@ -141,7 +141,7 @@ class Machine:
 
     def install(self, **environment):
         """What the README's install section does, with upstreams in the machine."""
-        first, *rest = readme("Install", "sh").splitlines()
+        first, *rest = readme("Run it", "sh").splitlines()
         settings = "".join(f"export {name}='{value}'; " for name, value in environment.items())
         self.run(f"cd /root/ts3d; {settings} {first}", timeout=300)
         self.start_s3()
@@ -150,7 +150,7 @@ class Machine:
             "sed -i 's,^#endpoint_url =$,endpoint_url = http://127.0.0.1:9000,; s,^#region =$,region = us-east-1,; "
             "s,^#base_url =$,base_url = http://127.0.0.1:9001/api/v1,' /etc/ts3d/ts3d.conf"
         )
-        self.run("cat >/etc/ts3d/secrets/aws_credentials", input=readme("Install", ""))
+        self.run("cat >/etc/ts3d/secrets/aws_credentials", input=readme("Run it", ""))
         for line in rest:
             self.run(line, input=threatstack.KEY + "\n")
 

@@ -48,7 +48,7 @@ def test_without_the_distributions_boto3_there_is_a_virtual_environment(machine,
     machine.archive(number)
     pid = machine.show("ts3d.service", "MainPID")
     assert "venv/bin/python" in machine.run(f"tr '\\0' ' ' </proc/{pid}/cmdline").stdout
-    assert machine.run("ts3d check").stdout.count("ok ") == 4
+    assert machine.run("ts3d check").stdout.count("\nok ") == 5
     until(lambda: machine.archived(number))
 
 

@@ -7,7 +7,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-from conftest import BUCKET, ROOT, TOKEN, alert, until
+from conftest import BUCKET, ROOT, TOKEN, TUTORIAL_ID, alert, until
 
 import ts3d
 
@@ -16,6 +16,40 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 LINES = [line for language, block in BLOCKS if language == "sh" for line in block.replace("\\\n", "").splitlines()]
 CURLS = [line for line in LINES if line.startswith("curl")]
 BACKFILLS = [line for line in LINES if " backfill" in line]
+COMMANDS = [line for line in LINES if line.startswith(("ts3d status", "ts3d retry", "ts3d check", "ts3d --version"))]
+RUN_BY = {  # the test that runs a section's blocks of a language
+    ("", ""): "test_the_demo",
+    ("", "ini"): "test_configurations",
+    ("Run it", "sh"): "install",  # of tests/machine.py
+    ("Run it", ""): "install",
+    ("HTTPS", "caddy"): "test_caddy",
+    ("HTTPS", "nginx"): "test_nginx",
+    ("HTTPS", "sh"): "test_its_own_tls_and_a_renewal",
+    ("Watch it", "sh"): "test_it_is_watched_as_the_readme_says",
+    ("Watch it", "yaml"): "test_prometheus",
+    ("Mend it", "sh"): "test_commands",
+    ("Upgrade it", "sh"): "test_an_upgrade",
+    ("Run two of them", "systemd"): "test_it_listens_for_a_load_balancer",
+    ("Run two of them", "nginx"): "test_two_behind_a_load_balancer",
+    ("Take it away", "sh"): "test_it_is_taken_away",
+    ("Webhooks", "sh"): "test_curl_lines",
+    ("What is in S3", "sh"): "test_awss_own_tools_read_the_archive",
+    ("What is in S3", "json"): "test_the_policies",
+    ("API v2", "ini"): "test_configurations",
+    ("What the webhook missed", "sh"): "test_backfills",
+    ("Configuration", "ini"): "test_configurations",
+}
+
+
+def test_every_block_runs_in_a_test():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    parts = re.split(r"^## (.*)\n", "\n" + README, flags=re.MULTILINE)
+    sections = dict(zip(["", *parts[1::2]], parts[::2], strict=True))
+    found = {
+        (name, kind) for name, text in sections.items() for kind in re.findall(r"^```(\w*)\n.*?^```", text, re.M | re.S)
+    }
+    assert found == set(RUN_BY)
+    assert [name for name in RUN_BY.values() if f"def {name}(" not in sources] == []
 
 
 def test_the_first_screen():
@@ -26,17 +60,18 @@ def test_the_first_screen():
 
 @pytest.mark.parametrize("line", CURLS)
 def test_curl_lines(new_daemon, line):
-    assert TOKEN in line or "401" in line or "healthz" in line
+    assert TOKEN in line or "401" in line or "healthz" in line or "metrics" in line
     daemon = new_daemon()
     command, _, comment = line.replace(":8080", f":{daemon.address[1]}").partition(" #")
     result = subprocess.run(["sh", "-c", command + " -w ' %{http_code}'"], capture_output=True, text=True, check=True)
     answer, _, status = result.stdout.rpartition(" ")
     assert status == (re.match(r" (\d+)", comment) or re.match("(200)", "200"))[1]
-    assert json.loads(answer)["success"] is (status == "200")
+    if "/metrics" not in line:
+        assert json.loads(answer)["success"] is (status == "200")
 
 
 def test_the_curl_lines_were_found():
-    assert len(CURLS) == 4
+    assert len(CURLS) == 5
 
 
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "ini"])
@@ -74,6 +109,46 @@ def test_backfills(new_daemon, s3, line):
 
 def test_the_backfills_were_found():
     assert len(BACKFILLS) == 4
+
+
+@pytest.fixture
+def failed(new_daemon, api):
+    """A daemon that has given up the tutorial's alert."""
+    api.modes[TUTORIAL_ID] = 500
+    daemon = new_daemon(archive__give_up_after="1", server__wait="0")
+    daemon.post({"alerts": [alert(id=TUTORIAL_ID)]})
+    until(lambda: daemon.health()["failed"])
+    return daemon
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands(failed, line):
+    command, _, _ = line.removeprefix("ts3d ").partition(" #")
+    result = failed.run(*command.split())
+    assert (result.returncode, result.stderr) == (0, ""), result
+    expected = {
+        "status --failed": TUTORIAL_ID,
+        "status --json": '"failed": 1',
+        "check": "1 failed",
+        "--version": "ts3d ",
+    }
+    words = command.split()
+    assert expected.get(" ".join(words), "1 queued again" if words[0] == "retry" else "failed   1") in result.stdout
+
+
+def test_the_commands_were_found():
+    assert len(COMMANDS) == 9
+
+
+def test_what_is_mended_is_what_is_said():
+    """The first column of the table names what the program, or S3, really says."""
+    section = README.partition("\n## Mend it\n")[2].partition("\n## ")[0]
+    names = [name for row in re.findall(r"^\| (.*?) \|", section, re.MULTILINE) for name in re.findall("`(.*?)`", row)]
+    sources = (ROOT / "ts3d.py").read_text() + "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(names) > 30
+    for name in names:
+        known = name.removeprefix("s3_").removeprefix("threatstack_").removesuffix("…").removeprefix("status=")
+        assert known in sources, name
 
 
 def test_s3_is_laid_out_as_the_table_says(daemon, s3):
