@@ -994,7 +994,7 @@ class Queue:
     def _look_for_room(self) -> None:
         """Whether there is room again for what was refused last."""
         if self.refused:
-            with contextlib.suppress(QueueError):
+            with contextlib.suppress(QueueError, sqlite3.Error, OSError):
                 self._make_sure_of_room(self._db, self.refused["bytes"], self.max_size)
                 self.refused = None
                 log.warning("the queue takes webhooks again")
@@ -1304,12 +1304,11 @@ class Upstream:
         ("not yet valid|certificate has expired", None, "is this machine's clock right?"),
         ("CERTIFICATE_VERIFY_FAILED", None, "is it the right address, and does this machine trust its certificate?"),
     )
-    skew: float | None = None  # seconds by which this machine's clock is before the upstream's, at the last answer
+    clocks = (0.0, "")  # this machine's (seconds since the epoch) and the upstream's (HTTP's Date) at the last answer
     seats: int | None = None  # how many jobs may be at it at once
 
     def __init__(self) -> None:
         self.hold: Hold | None = None
-        self.on_hold: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._seated = 0
         self._calls: dict[int, float] = {}  # when each call under way began, by job
@@ -1391,7 +1390,6 @@ class Upstream:
             error.longest = None
         if began:
             log.warning("%s is held: %s", self.name, error)
-            self.on_hold()
 
     def trouble(self) -> UpstreamError | None:
         """What stands in the way of this upstream's calls now: a hold, or calls that get no answer."""
@@ -1441,11 +1439,13 @@ class Upstream:
         finally:
             log.debug("%s %s seconds=%.3f", call, " ".join(said), time.monotonic() - began)
 
-    def learn_clock(self, date: str | None) -> None:
-        """Note from an answer's `Date` how far apart the clocks are (RFC 9110, section 6.6.1)."""
+    def skew(self) -> float | None:
+        """Seconds by which this machine's clock is before the upstream's (RFC 9110, section 6.6.1), if that is known."""
+        ours, theirs = self.clocks
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            # Half of the second that it was cut to.
-            self.skew = time.time() - calendar.timegm(parsedate_to_datetime(date or "").utctimetuple()) - 0.5
+            # Half of the second to which theirs was cut.
+            return ours - calendar.timegm(parsedate_to_datetime(theirs).utctimetuple()) - 0.5
+        return None
 
 
 def retry_after(headers: Any) -> float:
@@ -1665,7 +1665,7 @@ class ThreatStack(Upstream):
             raise self.error("timeout", f"no whole answer within {limits}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of size -2
             raise self.error("broken_off", f"the answer broke off: {error}") from None
-        self.learn_clock(response.headers.get("Date"))
+        self.clocks = (time.time(), response.headers.get("Date", ""))
         if response.status != 200:
             raise self._refusal(response, body, sent)
         if len(body) > self.MAX_BODY:
@@ -1904,7 +1904,7 @@ class S3(Upstream):
             answer = self._call(client, operation, Bucket=self.config.bucket, **parameters)
             metadata = answer["ResponseMetadata"]
             said.append(f"{metadata.get('HTTPStatusCode')} request={metadata.get('RequestId')}")
-            self.learn_clock(metadata.get("HTTPHeaders", {}).get("date"))
+            self.clocks = (time.time(), metadata.get("HTTPHeaders", {}).get("date", ""))
             return answer
 
     def _call(self, client: Any, operation: str, **parameters: Any) -> Any:
@@ -1918,7 +1918,7 @@ class S3(Upstream):
             code, said = str(problem.get("Code") or status), str(error)
             self._forget(client, code)
             headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
-            self.learn_clock(headers.get("Date"))
+            self.clocks = (time.time(), headers.get("Date", ""))
             region = headers.get("X-Amz-Bucket-Region") or problem.get("Region")
             if region and region != client.meta.region_name:
                 said = f"the bucket is in {region}: set [s3] region = {region}. {said}"
@@ -2041,7 +2041,6 @@ class Archiver:
     def __init__(self, config: Config, queue_: Queue) -> None:
         self.config, self.queue = config, queue_
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
-        self.threatstack.on_hold = self.s3.on_hold = queue_.stir
         begun = [step for step, o in OBJECTS.items() if o.path]
         late = [step for step, o in OBJECTS.items() if o.late]
         arrived = [step for step in OBJECTS if step not in (*begun, *late)]
@@ -2923,7 +2922,7 @@ def check_queue(config: Config) -> str:
 
 def check_clock(*upstreams: Upstream) -> str:
     """How far this machine's clock is from the upstreams', in words. Raises ConfigError."""
-    skews = {upstream.title: upstream.skew for upstream in upstreams if upstream.skew is not None}
+    skews = {upstream.title: skew for upstream in upstreams if (skew := upstream.skew()) is not None}
     said = " and ".join(
         f"{abs(skew):.0f} s {'before' if skew > 0 else 'behind'} {title}'s" for title, skew in skews.items()
     )
