@@ -816,7 +816,7 @@ class Queue:
                 os.rename(path, kept + path.removeprefix(self.path))
         log.critical(
             "the queue was malformed (%s). It is kept as %s, and a new one begins: alerts in it are not archived. "
-            "`sqlite3 FILE .recover` may get them back",
+            "`sqlite3 FILE .dump` shows what can still be read",
             problem,
             kept,
         )
@@ -1440,7 +1440,7 @@ class Upstream:
             log.debug("%s %s seconds=%.3f", call, " ".join(said), time.monotonic() - began)
 
     def skew(self) -> float | None:
-        """Seconds by which this machine's clock is before the upstream's (RFC 9110, section 6.6.1), if that is known."""
+        """Seconds by which this machine's clock is before the upstream's (RFC 9110, section 6.6.1), if known."""
         ours, theirs = self.clocks
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             # Half of the second to which theirs was cut.

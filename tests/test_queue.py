@@ -1,6 +1,9 @@
 """The queue: what was answered 200 survives, and what it cannot keep is answered 503."""
 
+import re
+import shutil
 import sqlite3
+import subprocess
 import threading
 import time
 
@@ -62,6 +65,20 @@ def test_a_malformed_queue_is_moved_aside(new_daemon, s3):
         assert kept.read_bytes() == content
         daemon.stop()
     assert len(list(daemon.folder.glob("queue.db.malformed-*Z"))) == 3
+
+
+def test_sqlite3_shows_what_can_still_be_read(new_daemon):
+    """As the log and the README say, of a file of which two pages are lost. (Debian 12's has no `.recover`.)"""
+    if not shutil.which("sqlite3"):
+        pytest.skip("no sqlite3")
+    daemon = new_daemon(archive__workers="0", server__wait="0")
+    daemon.post({"alerts": [alert(n, note="x" * 1000) for n in range(50)]})
+    daemon.stop()
+    whole = daemon.queue.read_bytes()
+    daemon.queue.write_bytes(whole[:32768] + b"\xff" * 8192 + whole[40960:])
+    command = ["sqlite3", daemon.queue, ".dump"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    assert 30 < len(set(re.findall("alert-0000[0-9]{2}", said))) < 50
 
 
 @pytest.mark.parametrize("sql", ["PRAGMA user_version = 99", "CREATE TABLE other (x)"])
