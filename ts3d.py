@@ -1960,8 +1960,9 @@ class S3(Upstream):
         own = None if aws or "AWS_ENDPOINT_URL_STS" in os.environ else endpoint
         sts, _ = self._connect("sts", client.meta.region_name, own)
         try:
-            with self.logged("get_caller_identity"):
+            with self.logged("get_caller_identity") as outcome:
                 who = self._call(sts, "get_caller_identity").get("Arn") or "nobody"
+                outcome.append(who)
         except UpstreamError as error:
             if aws and error.cause in self.CREDENTIALS:
                 raise
@@ -2149,12 +2150,12 @@ class Archiver:
                 step = object_.then
         except UpstreamError as error:
             return self._put_off(job, error, time.monotonic() - started)
-        self.queue.done(job)
         age = max(0.0, time.time() - job.received)
         if job.step != "rejected":
             metrics.count("ts3d_alerts_archived_total")
             metrics.observe("ts3d_archive_seconds", age)
         log.info("archived id=%s tries=%d seconds=%.3f keys=%s", job.id, job.tries + 1, age, ",".join(keys))
+        self.queue.done(job)  # last: who is answered `archived` finds it counted and logged
 
     def _may_begin(self, job: Job) -> bool:
         """Whether the job's step may begin: it has a seat where it needs one, or gets it now."""
@@ -2358,7 +2359,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
             raise
         if len(self.connections) >= self.room and not self.shed():
             sock.close()
-            raise ConnectionAbortedError("there are max_connections, and all are being answered")
+            log.warning("connection refused client=%s: all of [server] max_connections are being answered", client)
+            raise ConnectionAbortedError
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         connection = Connection(sock, self.config.request_timeout)
@@ -2423,7 +2425,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Shake hands where TLS is spoken, and make the files."""
-        self.client = self.client_address[0] if self.client_address else "local"
+        # A Unix socket's client has no address, or has bound one: text or bytes.
+        self.client = self.client_address[0] if isinstance(self.client_address, tuple) else "local"
         if tls := self.server.config.tls:
             self.request.sock = tls.wrap_socket(self.request.sock, server_side=True, do_handshake_on_connect=False)
             self.request.arm().do_handshake()
@@ -2468,20 +2471,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(status, payload, headers)
         path = self.path.partition("?")[0][:200]  # the query may hold the token
         said = f"{self.command} {path} {status or '-'} request={self.id} client={self.client}{self.note}"
-        log.info("%s seconds=%.3f", said, time.monotonic() - started)
+        priority = logging.WARNING if status >= 500 else logging.INFO
+        log.log(priority, "%s seconds=%.3f", said, time.monotonic() - started)
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal."""
         # One empty line before a request is passed over (RFC 9112, section 2.2).
-        line, *lines = self.read_lines() or self.read_lines() or [b""]
-        match = REQUEST_LINE.fullmatch(line)
+        first = self.read_line(HEAD_BYTES) or self.read_line(HEAD_BYTES)
+        match = REQUEST_LINE.fullmatch(first)
         if not match:
             raise Refusal(400, "malformed_request", "the request line is not METHOD TARGET HTTP/1.1")
         self.command, self.path = match[1].decode(), match[2].decode()
         # absolute-form (RFC 9112, section 3.2.2)
         self.target = re.sub("(?i)^https?://[^/?]*", "", self.path).partition("?")[0]
         self.fields: dict[str, list[str]] = {}
-        for line in lines:
+        for line in self.read_lines(HEAD_BYTES - len(first)):
             field = HEADER_LINE.fullmatch(line)
             if not field:  # also a folded line, or a blank before the colon (RFC 9112, sections 5.1 and 5.2)
                 raise Refusal(400, "malformed_request", "a header line is malformed")
@@ -2503,10 +2507,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         options = ",".join(self.fields.get("connection", ())).lower().split(",")
         self.close_connection = not http_1_1 or "close" in (option.strip() for option in options)
 
-    def read_lines(self) -> list[bytes]:
-        """The lines up to an empty one, without their CRLF. Raises Refusal."""
+    def read_lines(self, left: int = HEAD_BYTES) -> list[bytes]:
+        """The lines up to an empty one, without their CRLF, `left` bytes at most. Raises Refusal."""
         lines: list[bytes] = []
-        left = HEAD_BYTES
         while line := self.read_line(left):
             lines.append(line)
             left -= len(line)
@@ -2629,6 +2632,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 numbers = self.server.queue.put(good + rejected) if good or rejected else []
             except QueueError as error:
                 raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
+        self.note += "".join(f" kept={arrival.id}" for arrival in rejected)
+        if good and rejected:  # an answer of 400 says by itself what is wrong
+            self.note += " reason=" + next(alert.message for alert in alerts if isinstance(alert, Rejected))
         metrics.observe("ts3d_acknowledgement_seconds", time.monotonic() - self.started)
         metrics.count("ts3d_alerts_received_total", len(good))
         metrics.count("ts3d_alerts_rejected_total", len(alerts) - len(good))
@@ -2665,14 +2671,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         gauges: Samples = {
             "ts3d_build_info": {labels_text(**build): 1},
             "ts3d_upstream_held": {labels_text(upstream=name): value for name, value in held.items()},
+            "ts3d_queue_max_size_bytes": {"": config.max_size},
             "process_start_time_seconds": {"": metrics.started},
         }
         if math.isfinite(config.certificate_ends):
             gauges["ts3d_tls_certificate_end_timestamp_seconds"] = {"": config.certificate_ends}
-        with contextlib.suppress(QueueError):  # then they are missing, and webhooks are answered 503
-            names = ("depth", "failed", "oldest_age_seconds", "size_bytes", "disk_free_bytes", "max_size_bytes")
-            values = (*self.server.queue.counts(), *self.server.queue.space(), config.max_size)
-            gauges |= {f"ts3d_queue_{name}": {"": value} for name, value in zip(names, values, strict=True)}
+        counts, space = ("depth", "failed", "oldest_age_seconds"), ("size_bytes", "disk_free_bytes")
+        for names, read in ((counts, self.server.queue.counts), (space, self.server.queue.space)):
+            with contextlib.suppress(QueueError):  # then they are missing, and webhooks are answered 503
+                gauges |= {f"ts3d_queue_{name}": {"": value} for name, value in zip(names, read(), strict=True)}
         return metrics.show(gauges)
 
     def health(self) -> dict[str, Any]:

@@ -1,0 +1,719 @@
+"""/metrics: what each number counts, who may ask, and the README's rules, each of which fires in the bad case alone."""
+
+import contextlib
+import datetime
+import http.client
+import json
+import math
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import promql_parser
+import pytest
+import trustme
+import yaml
+from conftest import ROOT, TOKEN, alert, until
+from prometheus_client.parser import text_string_to_metric_families
+from test_http import CHUNKED, CLOSE, EMPTY, LENGTH, PATH, message, talk
+
+import ts3d
+
+
+def ask(place, path="/metrics", method="GET", headers=()):
+    """Status, headers and text of one answer, at an address, at a Unix socket's path, or through a socket."""
+    connection = http.client.HTTPConnection("localhost")
+    if isinstance(place, tuple):
+        place = socket.create_connection(place)
+    elif isinstance(place, str):
+        path_of_socket, place = place, socket.socket(socket.AF_UNIX)
+        place.connect(path_of_socket)
+    place.settimeout(30)
+    with place:
+        connection.sock = place
+        connection.request(method, path, headers=dict(headers))
+        response = connection.getresponse()
+        return response.status, response.headers, response.read().decode()
+
+
+def read(text):
+    """Values by sample, as `name{label="value"}`, labels sorted. Each metric has a type and says what it is."""
+    values = {}
+    for family in text_string_to_metric_families(text):
+        assert family.type in ("counter", "gauge", "summary"), family
+        assert family.documentation
+        for sample in family.samples:
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            key = f"{sample.name}{{{labels}}}" if labels else sample.name
+            assert key not in values
+            assert math.isfinite(sample.value)
+            values[key] = sample.value
+    return values
+
+
+def fell(before, after):
+    """The counters that went back, or away."""
+    counters = [key for key in before if re.search(r"_(total|sum|count)(\{|$)", key)]
+    return [key for key in counters if after.get(key, -1) < before[key]]
+
+
+@pytest.fixture
+def scrape():
+    """What a daemon's /metrics says; no counter of it may ever go back."""
+    seen = {}
+
+    def look(daemon):
+        status, _, text = ask(daemon.address)
+        assert status == 200
+        values, process = read(text), daemon.process
+        assert fell(seen.get(process.pid, {}), values) == []
+        seen[process.pid] = values
+        return values
+
+    return look
+
+
+def statuses(values):
+    """How many webhooks were answered with each status."""
+    found = {key: value for key, value in values.items() if key.startswith("ts3d_webhooks_total")}
+    return {int(re.search('status="([0-9]+)"', key)[1]): value for key, value in found.items() if value}
+
+
+def retries(values, upstream):
+    """Causes of retries, and how many there were of each."""
+    pattern = f'ts3d_retries_total{{cause="(.*)",upstream="{upstream}"}}'
+    found = {re.fullmatch(pattern, key): value for key, value in values.items()}
+    return {match[1]: value for match, value in found.items() if match}
+
+
+def is_at_rest(daemon):
+    return daemon.health()["queued"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is counted
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_new_daemon_says(daemon, scrape):
+    """All that there is from the start: a rate needs to see the 0 before the 1."""
+    status, headers, text = ask(daemon.address)
+    assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    assert re.findall("^# HELP ([a-z0-9_]+) .*\n# TYPE \\1 [a-z]+\n\\1", text, re.MULTILINE) == [
+        name
+        for name in ts3d.METRICS
+        if name not in ("ts3d_tls_certificate_end_timestamp_seconds", "ts3d_retries_total")
+    ]
+    values = scrape(daemon)
+    build = next(key for key in values if key.startswith("ts3d_build_info"))
+    assert re.fullmatch(r'ts3d_build_info\{python="3\.[^"]+",sqlite="3\.[^"]+",version="[0-9.]+"\}', build)
+    assert ts3d.VERSION in build
+    said = {
+        **{f'ts3d_webhooks_total{{status="{n}"}}': 0 for n in (200, 400, 401, 405, 408, 413, 431, 500, 503)},
+        **{f"ts3d_alerts_{what}_total": 0 for what in ("received", "archived", "rejected", "failed")},
+        **{f"ts3d_{what}_seconds_{of}": 0 for what in ("acknowledgement", "archive") for of in ("sum", "count")},
+        **{f'ts3d_upstream_held{{upstream="{name}"}}': 0 for name in ("s3", "threatstack")},
+        **{f"ts3d_queue_{what}": 0 for what in ("depth", "failed", "oldest_age_seconds")},
+        "ts3d_queue_max_size_bytes": 1 << 30,
+        build: 1,
+    }
+    assert {key: values[key] for key in said} == said
+    assert values.keys() - said.keys() == {
+        "process_start_time_seconds",
+        "ts3d_queue_size_bytes",
+        "ts3d_queue_disk_free_bytes",
+    }
+
+
+def test_another_process_has_another_start(daemon, scrape):
+    first = scrape(daemon)["process_start_time_seconds"]
+    daemon.stop()
+    assert scrape(daemon.start())["process_start_time_seconds"] > first > 1.7e9
+
+
+WRONG = TOKEN[::-1].encode()
+BAD = b'{"alerts": [1]}'
+WEBHOOKS = [  # what is sent, and the status that is counted; None: it is no webhook
+    (message([LENGTH, CLOSE], EMPTY), 200),
+    (message([LENGTH, CLOSE], EMPTY, path=f"http://example.com{PATH}"), 200),
+    (message([LENGTH, CLOSE], EMPTY, path=f"HTTPS://example.com{PATH}?token={TOKEN}&a=b"), 200),
+    (message([LENGTH, CLOSE], EMPTY, path=f"{PATH}?token={TOKEN}").replace(b"Authorization", b"X"), 200),
+    (message([LENGTH], EMPTY) + message([LENGTH, CLOSE], EMPTY), 200),
+    (message([b"Content-Length: 15", CLOSE], BAD), 400),
+    (message([b"Content-Length: 1", CLOSE], b"{"), 400),
+    (message([LENGTH, LENGTH, CLOSE], EMPTY), 400),
+    (message([CHUNKED], b"x\r\n"), 400),
+    (message([LENGTH], EMPTY).replace(TOKEN.encode(), WRONG), 401),
+    (message([LENGTH], EMPTY, path=f"https://example.com{PATH}?token=x").replace(TOKEN.encode(), WRONG), 401),
+    (message([CLOSE], method="GET"), 405),
+    (message([CLOSE], method="HEAD"), 405),
+    (message([LENGTH]), 408),
+    (message().removesuffix(b"\r\n"), 408),
+    (message([b"Content-Length: 999999999"]), 413),
+    (message([b"X: x"] * 200), 431),
+    (message([CLOSE], method="GET", path="/healthz"), None),
+    (message([LENGTH, CLOSE], EMPTY, path=PATH + "/"), None),
+    (message([LENGTH, CLOSE], EMPTY, path=f"/?a={PATH}"), None),
+    (b"nonsense\r\n\r\n", None),
+]
+
+
+def test_webhooks_are_counted_by_status(new_daemon, scrape):
+    daemon = new_daemon(server__request_timeout="1", server__wait="0")
+    expected = {}
+    for data, status in WEBHOOKS:
+        answer = talk(daemon, data)
+        if status:
+            assert answer.startswith(b"HTTP/1.1 %d " % status), data[:200]
+            expected[status] = expected.get(status, 0) + answer.count(b"HTTP/1.1")
+        assert statuses(scrape(daemon)) == expected, data[:200]
+
+
+def test_a_webhook_for_which_there_is_no_room(new_daemon, scrape):
+    daemon = new_daemon(queue__max_size="100K")
+    assert daemon.post({"alerts": [alert(0, text="x" * 200_000)]})[0] == 503
+    values = scrape(daemon)
+    assert statuses(values) == {503: 1}
+    assert values["ts3d_alerts_received_total"] == values["ts3d_acknowledgement_seconds_count"] == 0
+
+
+def test_alerts_are_counted(daemon, s3, scrape):
+    """A body that is kept under rejected/ is no alert."""
+    bodies = [
+        {"alerts": [alert(0), alert(1), 1, {"id": "abcd"}]},  # two and two
+        alert(2),
+        {"alerts": [None]},
+        {"alerts": []},
+        b"nonsense",
+    ]
+    received = archived = 0
+    for body in bodies:
+        states = daemon.post(body)[1].get("alerts", [])
+        received += sum(state["state"] != "rejected" for state in states)
+        archived += sum(state["state"] == "archived" for state in states)
+        values = scrape(daemon)
+        # What the answer says is counted already.
+        assert (values["ts3d_alerts_received_total"], values["ts3d_alerts_archived_total"]) == (received, archived)
+    until(lambda: len(s3.objects("rejected/")) == 3 and is_at_rest(daemon))
+    values = scrape(daemon)
+    assert {name: values[f"ts3d_alerts_{name}_total"] for name in ("received", "archived", "rejected", "failed")} == {
+        "received": 3,
+        "archived": 3,
+        "rejected": 3,
+        "failed": 0,
+    }
+    assert (values["ts3d_acknowledgement_seconds_count"], values["ts3d_archive_seconds_count"]) == (5, 3)
+    assert values["ts3d_acknowledgement_seconds_sum"] > 0
+    assert values["ts3d_archive_seconds_sum"] > 0
+
+
+def test_what_is_said_to_be_archived_is_counted_and_logged(monkeypatch, caplog):
+    """An answer that waits for the job's end may be read before the worker's next line."""
+    monkeypatch.setattr(ts3d, "metrics", ts3d.Metrics())
+    seen = []
+
+    def done(job):
+        seen.append((ts3d.metrics.show({}), caplog.text))
+
+    archiver = SimpleNamespace(
+        stopping=threading.Event(),
+        config=SimpleNamespace(),
+        queue=SimpleNamespace(done=done),
+        _may_begin=lambda job: True,
+        _write_object=lambda job, object_: object_.step,
+    )
+    with caplog.at_level("INFO", "ts3d"):
+        ts3d.Archiver._archive(archiver, ts3d.Job(1, "abcd", "", "alerts", 0, 0, 0))
+    [(shown, logged)] = seen
+    assert read(shown)["ts3d_alerts_archived_total"] == read(shown)["ts3d_archive_seconds_count"] == 1
+    assert "archived id=abcd" in logged
+
+
+def test_an_alert_that_fails_for_good_and_is_tried_anew(new_daemon, api, scrape):
+    daemon = new_daemon(server__wait="0", archive__give_up_after="0.1")
+    api.modes["alert-000000"] = 404
+    daemon.post({"alerts": [alert(0)]})
+    until(lambda: daemon.health()["failed"])
+    values = scrape(daemon)
+    assert [values[f"ts3d_queue_{name}"] for name in ("failed", "depth", "oldest_age_seconds")] == [1, 0, 0]
+    assert (values["ts3d_alerts_failed_total"], values["ts3d_alerts_archived_total"]) == (1, 0)
+    api.modes.clear()
+    assert daemon.run("retry").stdout == "1 queued again\n"
+    until(lambda: scrape(daemon)["ts3d_alerts_archived_total"] == 1)
+    until(lambda: is_at_rest(daemon))
+    values = scrape(daemon)
+    assert (values["ts3d_queue_failed"], values["ts3d_alerts_failed_total"]) == (0, 1)
+
+
+def answers(method, status, body):
+    """An answer to requests of one method alone: GET is Threat Stack's, PUT S3's, which share a place."""
+
+    def mode(handler):
+        if handler.command == method:
+            handler.send(status, body)
+        else:
+            handler.succeed("alert-000000")
+
+    return mode
+
+
+SLOW_DOWN = b"<Error><Code>Slow&#34;Down}\n</Code><Message>because</Message></Error>"
+
+
+@pytest.mark.parametrize(
+    ("mode", "upstream", "cause"),
+    [
+        (answers("GET", 500, b""), "threatstack", "500"),
+        (answers("GET", 200, b"<html>"), "threatstack", "bad_answer"),
+        (answers("PUT", 503, SLOW_DOWN), "s3", "Slow_Down__"),
+    ],
+)
+def test_retries_by_upstream_and_cause(new_daemon, api, scrape, mode, upstream, cause):
+    """A cause is another program's word, and must not break the page."""
+    daemon = new_daemon(server__wait="0", s3__endpoint_url=api.url)
+    api.modes["alert-000000"] = mode
+    daemon.post({"alerts": [alert(0)]})
+    values = until(lambda: retries(v := scrape(daemon), upstream) and v)
+    assert retries(values, upstream).keys() == {cause}
+    assert retries(values, {"s3": "threatstack", "threatstack": "s3"}[upstream]) == {}
+    api.modes.clear()
+    until(lambda: scrape(daemon)["ts3d_alerts_archived_total"] == 1)
+
+
+def test_s3_is_held_and_back(new_daemon, s3, scrape):
+    daemon = new_daemon(server__wait="0")
+    s3.stop()
+    daemon.post({"alerts": [alert(0)]})
+    values = until(lambda: (v := scrape(daemon))['ts3d_upstream_held{upstream="s3"}'] and v)
+    assert values['ts3d_upstream_held{upstream="threatstack"}'] == 0
+    until(lambda: retries(scrape(daemon), "s3").get("EndpointConnectionError"))
+    s3.start()
+    until(lambda: is_at_rest(daemon))
+    values = scrape(daemon)
+    assert values['ts3d_upstream_held{upstream="s3"}'] == 0
+    assert values["ts3d_alerts_archived_total"] == 1
+    assert retries(values, "threatstack") == {}
+
+
+def test_threat_stack_is_held_and_back(new_daemon, api, scrape):
+    daemon = new_daemon(server__wait="0")
+    api.mode = 401
+    daemon.post({"alerts": [alert(0)]})
+    values = until(lambda: (v := scrape(daemon))['ts3d_upstream_held{upstream="threatstack"}'] and v)
+    assert values['ts3d_upstream_held{upstream="s3"}'] == 0
+    until(lambda: retries(scrape(daemon), "threatstack").get("unauthorized"))
+    api.mode = None
+    until(lambda: is_at_rest(daemon))
+    assert scrape(daemon)['ts3d_upstream_held{upstream="threatstack"}'] == 0
+
+
+def test_the_queue(new_daemon, scrape):
+    daemon = new_daemon(server__wait="0", archive__workers="0", queue__max_size="10M")
+    sizes = []
+    for n in range(3):
+        daemon.post({"alerts": [alert(n, text="x" * 1_000_000)]})
+        values = scrape(daemon)
+        assert values["ts3d_queue_depth"] == n + 1
+        sizes.append(values["ts3d_queue_size_bytes"])
+    assert 1_000_000 < sizes[0] < sizes[1] < sizes[2] < values["ts3d_queue_max_size_bytes"] == 10 << 20
+    assert values["ts3d_queue_disk_free_bytes"] > ts3d.HOLD_BACK
+    with contextlib.closing(ts3d.Queue(str(daemon.queue), 1 << 30)) as queue_:
+        queue_._write(lambda db: db.execute("UPDATE jobs SET received = received - 5000 WHERE number < 3"))
+        queue_._write(lambda db: db.execute("UPDATE jobs SET received = received - 2000, failed = 1 WHERE number = 1"))
+    values = scrape(daemon)
+    assert (values["ts3d_queue_depth"], values["ts3d_queue_failed"]) == (2, 1)
+    assert 5000 <= values["ts3d_queue_oldest_age_seconds"] < 7000  # one that has failed does not wait
+
+
+def test_a_queue_of_which_a_file_is_gone(new_daemon, scrape):
+    """What can be read is shown."""
+    daemon = new_daemon(server__wait="0", archive__workers="0")
+    daemon.post({"alerts": [alert(0)]})
+    (daemon.folder / "queue.db-wal").unlink()
+    values = scrape(daemon)
+    assert values["ts3d_queue_depth"] == 1
+    assert "ts3d_queue_size_bytes" not in values
+    assert statuses(values) == {200: 1}
+
+
+def shown_by(client="127.0.0.1", **queue_):
+    """What the handler of /metrics says in this process, to a client, with a queue of these functions."""
+
+    def fails():
+        raise ts3d.QueueError("disk I/O error")
+
+    config = SimpleNamespace(metrics_token=None, certificate_ends=math.inf, max_size=1)
+    archiver = SimpleNamespace(held=list)
+    functions = SimpleNamespace(**{"counts": fails, "space": fails, **queue_})
+    handler = SimpleNamespace(
+        server=SimpleNamespace(config=config, archiver=archiver, queue=functions),
+        client=client,
+        authorize=lambda *_: None,
+    )
+    return read(ts3d.Handler.show_metrics(handler))
+
+
+def test_a_queue_that_cannot_be_read():
+    values = shown_by()
+    assert [key for key in values if "queue" in key] == ["ts3d_queue_max_size_bytes"]
+    assert {"ts3d_alerts_received_total", 'ts3d_upstream_held{upstream="s3"}'} <= values.keys()
+
+
+def test_when_the_certificate_ends(new_daemon, tmp_path):
+    authority, pem = trustme.CA(), tmp_path / "server.pem"
+    end = datetime.datetime(2036, 5, 4, 3, 2, 1, tzinfo=datetime.timezone.utc)
+    certificate = authority.issue_cert("localhost", not_after=end.replace(tzinfo=None))
+    certificate.private_key_and_cert_chain_pem.write_to_path(pem)
+    daemon = new_daemon(server__tls_certificate=pem, server__tls_key=pem)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    plain = socket.create_connection(daemon.address, 20)
+    status, _, text = ask(context.wrap_socket(plain, server_hostname="localhost"))
+    assert status == 200
+    assert read(text)["ts3d_tls_certificate_end_timestamp_seconds"] == end.timestamp()
+
+
+def test_causes_are_bounded():
+    metrics = ts3d.Metrics()
+    for n in range(5000):
+        metrics.count("ts3d_retries_total", upstream="s3", cause=f"cause-{n}")
+        metrics.count("ts3d_webhooks_total", status=n)
+    values = read(metrics.show({}))
+    for name in ("ts3d_retries_total", "ts3d_webhooks_total"):
+        found = [value for key, value in values.items() if key.startswith(name)]
+        assert len(found) == ts3d.Metrics.MOST_LABELS + 1
+        assert sum(found) == 5000
+    assert values['ts3d_retries_total{cause="other",upstream="other"}'] == 5000 - ts3d.Metrics.MOST_LABELS
+
+
+@pytest.mark.parametrize("cause", ['a"b', "a\\b", "a\nb", "a} 1", "\u00e9\U0001f512", "x" * 1000, ""])
+def test_a_cause_breaks_no_line(cause):
+    metrics = ts3d.Metrics()
+    metrics.count("ts3d_retries_total", upstream="s3", cause=ts3d.UpstreamError("s3", cause, "").cause)
+    [found] = retries(read(metrics.show({})), "s3")
+    assert re.fullmatch("[A-Za-z0-9_]{0,60}", found)
+
+
+def test_scrapes_under_load_are_whole_and_nothing_is_lost(new_daemon, s3):
+    daemon = new_daemon(server__wait="0")
+    done = threading.Event()
+
+    def watch(_):
+        before, looks = {}, 0
+        while not done.is_set():
+            values = read(ask(daemon.address)[2])
+            assert fell(before, values) == []
+            assert sum(statuses(values).values()) <= values["ts3d_acknowledgement_seconds_count"]
+            before, looks = values, looks + 1
+        return looks
+
+    def send(client):
+        return {daemon.post({"alerts": [alert(client * 100 + n), 1]})[0] for n in range(20)}
+
+    with ThreadPoolExecutor(9) as pool:
+        looks = [pool.submit(watch, n) for n in range(4)]
+        try:
+            assert list(pool.map(send, range(5))) == [{200}] * 5
+            until(lambda: is_at_rest(daemon), 60)
+        finally:
+            done.set()
+        assert min(look.result() for look in looks) > 3
+    values = read(ask(daemon.address)[2])
+    assert statuses(values) == {200: 100}
+    for name in ("alerts_received_total", "alerts_archived_total", "alerts_rejected_total"):
+        assert values[f"ts3d_{name}"] == 100, name
+    for name in ("acknowledgement_seconds_count", "archive_seconds_count"):
+        assert values[f"ts3d_{name}"] == 100, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who may ask
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere():
+    """An address of this machine's that is not loopback; nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("198.51.100.1", 9))
+        if not ts3d.is_loopback(sock.getsockname()[0]):
+            return sock.getsockname()[0]
+    pytest.skip("this machine has no address but loopback")
+
+
+def listener(host, family=socket.AF_INET):
+    sock = socket.socket(family)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(host if family == socket.AF_UNIX else (host, 0))
+    sock.listen()
+    return sock
+
+
+def assert_refused(answer):
+    status, headers, text = answer
+    assert (status, json.loads(text)["error"]["type"]) == (401, "unauthorized")
+    assert headers["WWW-Authenticate"].startswith("Bearer")
+    assert "ts3d_" not in text
+
+
+def test_head_and_other_methods(daemon):
+    status, headers, text = ask(daemon.address, method="HEAD")
+    assert (status, text, headers["Content-Type"].partition(";")[0]) == (200, "", "text/plain")
+    assert int(headers["Content-Length"]) > 1000
+    status, headers, _ = ask(daemon.address, method="POST")
+    assert (status, headers["Allow"]) == (405, "GET, HEAD")
+    assert ask(daemon.address, "http://example.com/metrics?name[]=up")[0] == 200
+
+
+def test_without_a_token_it_is_for_this_machine(new_daemon, elsewhere):
+    daemon = new_daemon(server__listen="0.0.0.0:0")
+    port = daemon.address[1]
+    assert ask(("127.0.0.1", port))[0] == 200
+    assert ask(("127.8.9.10", port))[0] == 200
+    for token in ("", TOKEN):
+        assert_refused(ask((elsewhere, port), f"/metrics?token={token}"))
+        assert_refused(ask((elsewhere, port), headers={"Authorization": f"Bearer {token}"}))
+    assert_refused(ask((elsewhere, port), headers={"X-Forwarded-For": "127.0.0.1", "Forwarded": "for=127.0.0.1"}))
+    assert ask((elsewhere, port), method="HEAD")[0] == 401
+    assert ask((elsewhere, port), "/healthz")[0] == 200
+
+
+def test_ipv4_within_ipv6(new_daemon, elsewhere):
+    daemon = new_daemon(start=False)
+    with contextlib.closing(listener("::", socket.AF_INET6)) as sock:
+        daemon.handed = [sock]
+        daemon.start()
+        port = sock.getsockname()[1]
+        for host in ("127.0.0.1", "::1"):
+            assert ask((host, port))[0] == 200
+        assert daemon.logged("GET /metrics 200 .*client=::ffff:127.0.0.1")
+        assert_refused(ask((elsewhere, port)))
+
+
+@pytest.mark.parametrize("bound", [None, "path", "abstract"])
+def test_a_unix_socket_is_of_this_machine(new_daemon, tmp_path, bound):
+    """Also where the client has given its own end a name."""
+    daemon = new_daemon(start=False)
+    with contextlib.closing(listener(str(tmp_path / "sock"), socket.AF_UNIX)) as sock:
+        daemon.handed = [sock]
+        daemon.start()
+        client = socket.socket(socket.AF_UNIX)
+        if bound:
+            client.bind(str(tmp_path / "client") if bound == "path" else f"\0{tmp_path}/client")
+        client.connect(str(tmp_path / "sock"))
+        assert ask(client)[0] == 200
+        until(lambda: daemon.logged("GET /metrics 200 .*client=local"))
+
+
+def test_with_a_token_it_is_for_who_has_it(new_daemon, elsewhere, tmp_path):
+    daemon = new_daemon(start=False, server__metrics_token="for+metrics/==", server__listen="0.0.0.0:0")
+    path = str(tmp_path / "sock")
+    with contextlib.closing(listener(path, socket.AF_UNIX)) as unix, contextlib.closing(listener("0.0.0.0")) as tcp:
+        daemon.handed = [unix, tcp]
+        daemon.start()
+        port = tcp.getsockname()[1]
+        for place in (("127.0.0.1", port), (elsewhere, port), path):
+            for token in ("for+metrics/==", "for%2Bmetrics%2F%3D%3D"):
+                assert ask(place, f"/metrics?token={token}")[0] == 200
+            assert ask(place, headers={"Authorization": "bearer for+metrics/=="})[0] == 200
+            assert ask(place, method="HEAD", headers={"Authorization": "Bearer for+metrics/=="})[0] == 200
+            assert_refused(ask(place))
+            for token in ("", "wrong", "for+metrics/=", TOKEN):  # nor does the webhooks' open it
+                assert_refused(ask(place, f"/metrics?token={token}"))
+                assert_refused(ask(place, headers={"Authorization": f"Bearer {token}"}))
+        daemon.address = ("127.0.0.1", port)
+        assert daemon.post({"alerts": []}, "for+metrics/==")[0] == 401
+    assert "for+metrics" not in daemon.log()
+
+
+def test_each_token_is_compared_in_constant_time(monkeypatch):
+    """All of them, also where the first is right."""
+    compared = []
+
+    def compare(a, b):
+        compared.append((a, b))
+        return a == b
+
+    monkeypatch.setattr(ts3d.hmac, "compare_digest", compare)
+    handler = ts3d.Handler.__new__(ts3d.Handler)
+    handler.path, handler.fields = "/metrics?token=a&token=b", {"authorization": ["Bearer c"]}
+    handler.authorize("metrics token", ["a", "b"])
+    assert sorted(compared) == [(a, b) for a in (b"a", b"b") for b in (b"a", b"b", b"c")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's rules
+# ---------------------------------------------------------------------------------------------------------------------
+
+BLOCKS = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+SCRAPING, RULES = (next(b for b in BLOCKS if b.startswith(name)) for name in ("scrape_configs:", "groups:"))
+ALERTS = {rule["alert"]: rule for group in yaml.safe_load(RULES)["groups"] for rule in group["rules"]}
+
+
+def promtool(*arguments, **more):
+    """Its output, once it has nothing to find fault with."""
+    if not shutil.which("promtool"):
+        pytest.skip("no promtool (Debian's package prometheus)")
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False, **more)
+    assert done.returncode == 0, done
+    return done.stdout + done.stderr
+
+
+def selectors(expr):
+    """The vector selectors of an expression."""
+    found = []
+
+    def visit(node):
+        if isinstance(node, promql_parser.VectorSelector):
+            found.append(node)
+        elif isinstance(node, promql_parser.MatrixSelector):
+            found.append(node.vector_selector)
+        return True
+
+    promql_parser.walk(promql_parser.parse(expr), visit)
+    return found
+
+
+def test_the_rules_are_whole():
+    assert len(ALERTS) == RULES.count("- alert: ") > 8
+    for name, rule in ALERTS.items():
+        assert re.fullmatch("Ts3d[A-Za-z]+", name)
+        assert rule["annotations"]["summary"]
+        assert selectors(rule["expr"]), name
+
+
+def test_what_the_rules_ask_for_is_there(new_daemon, tmp_path):
+    """Each metric, and each label that a rule selects by or names in its words."""
+    authority, pem = trustme.CA(), tmp_path / "server.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
+    daemon = new_daemon(server__tls_certificate=pem, server__tls_key=pem)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    plain = socket.create_connection(daemon.address, 20)
+    text = ask(context.wrap_socket(plain, server_hostname="localhost"))[2]
+    labels = {"up": set()}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    for name, rule in ALERTS.items():
+        asked = selectors(rule["expr"])
+        for selector in asked:
+            assert selector.name in labels, name
+            matched = {matcher.name for matcher in selector.matchers.matchers}
+            assert matched <= labels[selector.name] | {"job"}, name
+        named = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+        assert named <= labels[asked[0].name], name
+
+
+def test_promtool_finds_no_fault(new_daemon, tmp_path, api):
+    (tmp_path / "rules.yml").write_text(RULES)
+    (tmp_path / "prometheus.yml").write_text(f"rule_files: [rules.yml]\n{SCRAPING}")
+    assert f"SUCCESS: {len(ALERTS)} rules found" in promtool("check", "rules", tmp_path / "rules.yml")
+    assert "SUCCESS" in promtool("check", "config", tmp_path / "prometheus.yml")
+    daemon = new_daemon(server__wait="0")
+    api.modes["alert-000000"] = 500
+    daemon.post({"alerts": [alert(0)]})
+    text = until(lambda: "ts3d_retries_total" in (text := ask(daemon.address)[2]) and text)
+    assert promtool("check", "metrics", input=text) == ""
+
+
+def test_what_is_scraped_is_where_it_listens():
+    [job] = yaml.safe_load(SCRAPING)["scrape_configs"]
+    assert job["job_name"] == "ts3d"
+    default = next(option.default for option in ts3d.OPTIONS if option.name == "listen")
+    assert job["static_configs"] == [{"targets": [default]}]
+    assert job.get("metrics_path", "/metrics") == "/metrics"
+
+
+HERE = {"instance": "a", "job": "ts3d"}
+
+
+def series(name, values, **labels):
+    """A series of samples, one a minute, in promtool's notation: `1x5` is 1 and five times 1 again."""
+    text = ",".join(f'{label}="{value}"' for label, value in {**HERE, **labels}.items())
+    return {"series": f"{name}{{{text}}}", "values": values}
+
+
+def webhooks(status, values):
+    return series("ts3d_webhooks_total", values, status=status)
+
+
+def room(size, free):
+    limits = {"size_bytes": size, "max_size_bytes": 1000, "disk_free_bytes": free}
+    return [series(f"ts3d_queue_{name}", f"{value}x30") for name, value in limits.items()]
+
+
+UP, HELD, CERTIFICATE = "up", "ts3d_upstream_held", "ts3d_tls_certificate_end_timestamp_seconds"
+START, OLDEST, REJECTED = "process_start_time_seconds", "ts3d_queue_oldest_age_seconds", "ts3d_alerts_rejected_total"
+FIRES = [  # the alert, the minute, the series, and the labels that it then has beside those of the place
+    ("Ts3dDown", 15, [series(UP, "1x5 0x10")], {}),
+    ("Ts3dRestarts", 40, [series(START, "1x5 2x5 3x5 4x5 5x20")], {}),
+    ("Ts3dQueueFails", 10, [series(UP, "1x20")], {}),
+    ("Ts3dRefusesWebhooks", 7, [webhooks(503, "0x5 1x10"), webhooks(200, "0+1x10")], {"status": "503"}),
+    ("Ts3dRefusesWebhooks", 7, [webhooks(500, "0x5 1x10")], {"status": "500"}),
+    ("Ts3dRefusesWebhooks", 7, [webhooks(413, "0x5 1x10")], {"status": "413"}),
+    ("Ts3dRefusesWebhooks", 7, [webhooks(408, "0x5 1x10")], {"status": "408"}),
+    ("Ts3dTokenIsWrong", 35, [webhooks(401, "0x30 1x10"), webhooks(200, "9x40")], {"status": "401"}),
+    ("Ts3dUpstreamIsAway", 25, [series(HELD, "0x5 1x30", upstream="s3")], {"upstream": "s3"}),
+    ("Ts3dAlertWaits", 20, [series(OLDEST, "3000+60x30")], {}),
+    ("Ts3dQueueFillsUp", 5, room(900, 1 << 40), {}),
+    ("Ts3dQueueFillsUp", 5, room(1, 100_000_000), {}),
+    ("Ts3dQueueFillsUp", 5, room(900, 100_000_000), {}),
+    ("Ts3dAlertFailed", 5, [series("ts3d_queue_failed", "2x10")], {"value": "2"}),
+    ("Ts3dAlertRejected", 30, [series(REJECTED, "0x5 1x30"), webhooks(400, "0x40")], {}),
+    ("Ts3dAlertRejected", 30, [series(REJECTED, "0x5 1x30"), webhooks(400, "0x5 1x30")], {}),
+    ("Ts3dAlertRejected", 30, [series(REJECTED, "0x40"), webhooks(400, "0x5 1x30")], {"status": "400"}),
+    ("Ts3dCertificateEnds", 10, [series(CERTIFICATE, "604800x20")], {}),  # promtool's clock begins in 1970
+]
+SILENT = [
+    ("Ts3dDown", 20, [series(UP, "1x30")]),
+    ("Ts3dDown", 9, [series(UP, "1x5 0x3 1x20")]),  # an upgrade
+    ("Ts3dRestarts", 40, [series(START, "1x5 2x5 3x5 4x40")]),
+    ("Ts3dQueueFails", 10, [series(UP, "1x20"), series("ts3d_queue_depth", "0x20")]),
+    ("Ts3dQueueFails", 10, [series(UP, "0x20")]),  # that is another alert
+    ("Ts3dRefusesWebhooks", 10, [webhooks(n, "0+1x20") for n in (200, 400, 401, 405)] + [webhooks(503, "3x20")]),
+    ("Ts3dTokenIsWrong", 35, [webhooks(401, "0+1x40"), webhooks(200, "0+1x40")]),
+    ("Ts3dTokenIsWrong", 50, [webhooks(401, "0x5 1x50"), webhooks(200, "0x60")]),
+    ("Ts3dUpstreamIsAway", 19, [series(HELD, "0x5 1x10 0x20", upstream="s3")]),
+    ("Ts3dUpstreamIsAway", 16, [series(HELD, "0x5 1x10 0x20", upstream="s3")]),
+    ("Ts3dAlertWaits", 20, [series(OLDEST, "0+60x30")]),
+    ("Ts3dAlertWaits", 12, [series(OLDEST, "9000x3 0x20")]),  # tried anew after it had failed
+    ("Ts3dQueueFillsUp", 5, room(700, 1 << 40)),
+    ("Ts3dAlertFailed", 5, [series("ts3d_queue_failed", "0x10")]),
+    ("Ts3dAlertRejected", 30, [series(REJECTED, "7x40"), webhooks(400, "7x40"), webhooks(200, "0+1x40")]),
+    ("Ts3dCertificateEnds", 10, [series(CERTIFICATE, "605500x20")]),
+    ("Ts3dCertificateEnds", 10, [series(UP, "1x20")]),  # no TLS
+]
+
+
+def expectation(name, labels):
+    """What promtool is to see of an alert that fires."""
+    words = ALERTS[name]["annotations"]["summary"].replace("{{ $value }}", labels.get("value", ""))
+    labels = {label: value for label, value in labels.items() if label != "value"}
+    words = re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda match: labels[match[1]], words)
+    return {"exp_labels": {**HERE, **labels}, "exp_annotations": {"summary": words}}
+
+
+def test_each_rule_fires_in_the_bad_case_and_in_no_other(tmp_path):
+    assert set(ALERTS) == {case[0] for case in FIRES} == {case[0] for case in SILENT}
+    cases = [(*case[:3], [expectation(case[0], case[3])]) for case in FIRES] + [(*case, []) for case in SILENT]
+    tests = [
+        {
+            "interval": "1m",
+            "name": f"{name} {'fires' if expected else 'is silent'}",
+            "input_series": given,
+            "alert_rule_test": [{"eval_time": f"{minute}m", "alertname": name, "exp_alerts": expected}],
+        }
+        for name, minute, given, expected in cases
+    ]
+    (tmp_path / "rules.yml").write_text(RULES)
+    (tmp_path / "tests.yml").write_text(
+        yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": tests})
+    )
+    assert "SUCCESS" in promtool("test", "rules", "tests.yml", cwd=tmp_path)
