@@ -1433,8 +1433,8 @@ class Upstream:
         began, said = time.monotonic(), list[str]()
         try:
             yield said
-        except UpstreamError as error:
-            said.append(error.type)
+        except Exception as error:
+            said.append(getattr(error, "type", type(error).__name__))
             raise
         finally:
             log.debug("%s %s seconds=%.3f", call, " ".join(said), time.monotonic() - began)
@@ -2359,7 +2359,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
             raise
         if len(self.connections) >= self.room and not self.shed():
             sock.close()
-            log.warning("connection refused client=%s: all of [server] max_connections are being answered", client)
+            where = client[0] if isinstance(client, tuple) else "local"
+            log.warning("connection refused client=%s: all of [server] max_connections are being answered", where)
             raise ConnectionAbortedError
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
