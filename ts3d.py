@@ -636,6 +636,7 @@ class Job:
 
     `step` names the object to write next. `waited` is what counts towards giving up: the seconds that the job was
     put off for failures of its own. `due`, `error`, `failed` and `done` say what became of a job that is given back.
+    `origin` is the step with which it came.
     """
 
     number: int
@@ -647,6 +648,7 @@ class Job:
     waited: float
     due: float = 0
     error: str | None = None  # JSON: type and message, and `since`, when it was the same for the first time
+    origin: str = ""
     failed: bool = False
     done: bool = False
     probe: bool = False  # may call an upstream that is held
@@ -681,14 +683,15 @@ class Queue:
         CREATE INDEX jobs_by_due ON jobs (failed, step, due); -- and by number: no sorting
         PRAGMA user_version = 1;"""
     VERSION = 1
-    # Made with the first thing to note, as `backfill` is: a new version of the file would keep older daemons out, which
-    # need neither.
+    # Made with the first thing to note, as `backfill` is, and the column at the start: a new version of the file would
+    # keep older daemons out, which need none of them.
     OBSTACLES = "CREATE TABLE IF NOT EXISTS obstacles (error TEXT NOT NULL) -- what stands in the daemon's way"
+    ORIGIN = "ALTER TABLE jobs ADD COLUMN origin TEXT"  # a job's, once it was given back
     ANEW = "UPDATE jobs SET failed = 0, due = 0, tries = 0, waited = 0, error = NULL WHERE failed = 1"
     DELETE = "DELETE FROM jobs WHERE number = :number"
     UPDATE = """
-        UPDATE jobs SET step = :step, tries = :tries, waited = :waited, due = :due, error = :error, failed = :failed
-        WHERE number = :number"""
+        UPDATE jobs SET step = :step, tries = :tries, waited = :waited, due = :due, error = :error, failed = :failed,
+        origin = :origin WHERE number = :number"""
     WAL_PAGES = 4 << 20  # bytes of write-ahead log after which it is copied into the file
     MAX_OUTCOMES = 10_000  # that wait for the disk, before no more jobs are taken
     BUSY = 10.0  # seconds to wait for another process's transaction
@@ -762,6 +765,8 @@ class Queue:
                 raise QueueError("this file system does not carry SQLite's WAL")
             if version == 0:
                 self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
+            if not self._db.execute("SELECT 1 FROM pragma_table_info('jobs') WHERE name = 'origin'").fetchone():
+                self._db.execute(self.ORIGIN)
             # A new process has a new monotonic clock, and what was taken by the old one is due again.
             self._db.execute("UPDATE jobs SET due = 0 WHERE failed = 0 AND due > 0")
         self._db.execute("PRAGMA busy_timeout = 0").close()  # _begin waits
@@ -964,8 +969,8 @@ class Queue:
                 self._db.execute(self.OBSTACLES)
                 self._db.execute("DELETE FROM obstacles")
                 self._db.executemany("INSERT INTO obstacles VALUES (?)", [(obstacle,) for obstacle in obstacles])
-            self._db.executemany(self.DELETE, [vars(job) for job in outcomes if job.done])
-            self._db.executemany(self.UPDATE, [vars(job) for job in outcomes if not job.done])
+            for job in outcomes:
+                self._db.execute(self.DELETE if job.done else self.UPDATE, vars(job))
             for run, _ in writes:
                 try:
                     results.append(run(self._db))
@@ -1070,7 +1075,7 @@ class Queue:
         They stay taken until they are given back. Raises QueueError.
         """
         sql = (
-            "SELECT number, id, minute, step, received, tries, waited, due, error FROM jobs "
+            "SELECT number, id, minute, step, received, tries, waited, due, error, ifnull(origin, step) FROM jobs "
             "WHERE failed = 0 AND step = ? AND due <= ? ORDER BY due, number LIMIT ?"
         )
         with self._lock:
@@ -2137,7 +2142,7 @@ class Archiver:
 
     def _archive(self, job: Job) -> None:
         """Write the objects that the job lacks, one after the other."""
-        first, started, keys = job.step, time.monotonic(), []
+        first, started = job.step, time.monotonic()
         step: str | None = job.step
         try:
             while step:
@@ -2145,7 +2150,7 @@ class Archiver:
                 if object_.wanted(self.config):  # what is passed over stays to be done while the alert is not whole
                     if self.stopping.is_set() or not self._may_begin(job):
                         return self.queue.release(job) if job.step == first else self.queue.retry(job)
-                    keys.append(self._write_object(job, object_))
+                    self._write_object(job, object_)
                     job.step = object_.then or step
                 step = object_.then
         except UpstreamError as error:
@@ -2154,8 +2159,17 @@ class Archiver:
         if job.step != "rejected":
             metrics.count("ts3d_alerts_archived_total")
             metrics.observe("ts3d_archive_seconds", age)
-        log.info("archived id=%s tries=%d seconds=%.3f keys=%s", job.id, job.tries + 1, age, ",".join(keys))
+        log.info("archived id=%s tries=%d seconds=%.3f keys=%s", job.id, job.tries + 1, age, self._keys(job))
         self.queue.done(job)  # last: who is answered `archived` finds it counted and logged
+
+    def _keys(self, job: Job) -> str:
+        """The keys of all of the alert's objects, also of those that were written before the job was put off."""
+        keys, step = [], job.origin or job.step
+        while step:
+            object_ = OBJECTS[step]
+            keys += [self.s3.key(object_.name(job))] if object_.wanted(self.config) else []
+            step = object_.then or ""
+        return ",".join(keys)
 
     def _may_begin(self, job: Job) -> bool:
         """Whether the job's step may begin: it has a seat where it needs one, or gets it now."""
@@ -2165,8 +2179,8 @@ class Archiver:
             self.threatstack.admit([job])
         return True
 
-    def _write_object(self, job: Job, object_: Object) -> str:
-        """Get the body of one of the job's objects, put it into S3, and return its key."""
+    def _write_object(self, job: Job, object_: Object) -> None:
+        """Get the body of one of the job's objects, and put it into S3."""
         promise(self.config.timeout + LONGEST_CALLS)
         if object_.path:
             named = None if object_.then else job.id  # only the detail says whose it is
@@ -2174,9 +2188,7 @@ class Archiver:
             self.threatstack.leave(job)
         else:
             body = self.queue.body(job)
-        name = object_.name(job)
-        self.s3.call(job, self.s3.put, name, body, object_.content_type)
-        return self.s3.key(name)
+        self.s3.call(job, self.s3.put, object_.name(job), body, object_.content_type)
 
     def _put_off(self, job: Job, error: UpstreamError, seconds: float) -> None:
         """A try that failed: later again, at the upstream's fault or at the alert's own, or never."""

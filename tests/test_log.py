@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import socket
+import sqlite3
 from datetime import datetime, timezone
 from types import SimpleNamespace
 
@@ -199,6 +200,42 @@ def test_a_line_for_each_archived_alert(new_daemon, api, s3, version, prefix):
     assert {key for _, _, keys in expected for key in keys} == s3.objects().keys()
 
 
+@pytest.mark.parametrize("step", ["webhooks", "backfill"])
+def test_the_line_names_also_what_another_process_has_written(new_daemon, api, s3, step):
+    """And in a queue of before there was a note of that."""
+    daemon = new_daemon(start=False, server__wait="0")
+    with contextlib.closing(sqlite3.connect(daemon.queue)) as db:
+        db.executescript(f"PRAGMA journal_mode = WAL;{ts3d.Queue.SCHEMA}")
+    with contextlib.closing(ts3d.Queue(str(daemon.queue), 1 << 20)) as queue_:
+        queue_.put([ts3d.Arrival("abcd", "2026/11/24/18/00", step, b"{}")])
+    api.modes["abcd"] = 500
+    daemon.start()
+    until(lambda: lines(daemon, "try 2 follows"))
+    daemon.stop()
+    assert archived(daemon) == []
+    api.modes.clear()
+    daemon.start()
+    [(_, _, keys)] = until(lambda: archived(daemon))
+    assert keys == [f"{step}/2026/11/24/18/00/abcd", "alerts/ab/cd/abcd"]
+    assert sorted(keys) == sorted(s3.objects())
+
+
+def test_the_line_is_whole_where_threat_stack_is_busy(new_daemon, api):
+    """Workers that find no seat at Threat Stack give their alerts back after the first object."""
+
+    def slow(handler):
+        handler.server.released.wait(0.05)
+        handler.succeed(handler.path.rpartition("/")[2])
+
+    api.mode = slow
+    daemon = new_daemon(server__wait="0", archive__workers="4")
+    for n in range(10):
+        daemon.post({"alerts": [alert(n * 10 + i) for i in range(10)]})
+    until(lambda: is_at_rest(daemon), 40)
+    assert len(archived(daemon)) == 100
+    assert [line for line in archived(daemon) if len(line[2]) != 2] == []
+
+
 def test_what_is_kept_of_a_refused_webhook(daemon, s3):
     daemon.post(b"{")
     [(id_, tries, keys)] = until(lambda: archived(daemon))
@@ -218,7 +255,7 @@ def test_the_tries_of_an_alert_that_fails(new_daemon, api):
     [(_, tries, keys)] = until(lambda: archived(daemon))
     numbers = [int(re.search(tried, line)[1]) for line in lines(daemon, tried)]
     assert numbers == list(range(2, tries + 1))
-    assert keys == ["alerts/al/er/alert-000000"]
+    assert keys == ["webhooks/2017/01/17/13/51/alert-000000", "alerts/al/er/alert-000000"]
 
 
 def test_an_alert_that_is_given_up(new_daemon, api):

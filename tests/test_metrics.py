@@ -225,7 +225,8 @@ def test_what_is_said_to_be_archived_is_counted_and_logged(monkeypatch, caplog):
         config=SimpleNamespace(),
         queue=SimpleNamespace(done=done),
         _may_begin=lambda job: True,
-        _write_object=lambda job, object_: object_.step,
+        _write_object=lambda job, object_: None,
+        _keys=lambda job: job.step,
     )
     with caplog.at_level("INFO", "ts3d"):
         ts3d.Archiver._archive(archiver, ts3d.Job(1, "abcd", "", "alerts", 0, 0, 0))
