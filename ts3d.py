@@ -1724,7 +1724,7 @@ class S3(Upstream):
     HEADS = 8  # objects that backfill looks for at once
     CREDENTIALS = (
         *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
-        *("ProfileNotFound", "ConfigParseError"),
+        *("ProfileNotFound", "ConfigParseError", "InvalidConfigError"),
         *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "InvalidClientTokenId"),
     )
     REFUSALS: tuple[Refused, ...] = (
@@ -1847,7 +1847,6 @@ class S3(Upstream):
                 Body=body,
                 ContentType=content_type,
                 # S3 refuses a body that was damaged on its way, and botocore adds no trailer of its own.
-                ChecksumAlgorithm="SHA256",  # S3 wants this header too where Object Lock retains the object
                 ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
                 **self._extra,
             )
