@@ -751,8 +751,8 @@ class Queue:
             if damage := self._look_for_damage():
                 self._move_aside(damage)
                 return self._open()
-        elif not os.path.exists(self.path):
-            raise QueueError("there is no queue yet: `ts3d serve` makes it")
+        elif not os.access(self.path, os.R_OK):
+            raise QueueError("there is no queue yet: `ts3d serve` makes it. Or this user may not read it")
         self._db, self._reader = enter(contextlib.closing(self._connect())), enter(contextlib.closing(self._connect()))
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -1140,11 +1140,11 @@ class Queue:
         found: dict[str, dict[str, Any]] = {error["type"]: error for error in noted}
         sql = (  # one message of many: with max(), SQLite takes it from that row
             "SELECT json_extract(error, '$.type') AS type, sum(failed = 0), sum(failed), max(number), "
-            "json_extract(error, '$.message'), min(json_extract(error, '$.since')) "
+            "json_extract(error, '$.message'), min(json_extract(error, '$.since')), id "
             "FROM jobs WHERE error IS NOT NULL GROUP BY type ORDER BY type"
         )
-        for kind, queued, failed, _, message, since in self._read(sql):
-            error = found.setdefault(kind, {"type": kind, "message": message, "since": since})
+        for kind, queued, failed, _, message, since, id_ in self._read(sql):
+            error = found.setdefault(kind, {"type": kind, "message": message, "since": since, "alert": id_})
             error.update(queued=queued, failed=failed)
         for error in noted:
             if "held" in error:  # also those wait that have not been tried
@@ -1703,9 +1703,12 @@ class ThreatStack(Upstream):
         return math.nan
 
     def check(self) -> str:
-        """Ask for a list of one alert; of version 2, which has an address for it, whether the signature is right."""
+        """Ask for a list of one alert; of version 2, whether the signature is right, and for the last day's."""
         if self.config.auth == "hawk":
             self._fetch(urllib.parse.urljoin(self.config.base_url, "/help/hawk/self-test"))
+            # That was at the host's root: this tells whether the path is right too.
+            day = urllib.parse.urlencode({"from": rfc_3339(time.time() - 86400), "until": rfc_3339(time.time())})
+            self.get(f"/alerts?status=active&{day}")
             return f"{self.config.base_url} takes the signature"
         self.get("/alerts?count=1")
         return f"{self.config.base_url} takes the key"
@@ -1725,13 +1728,14 @@ class S3(Upstream):
     name, title = "s3", "S3"
     HEADS = 8  # objects that backfill looks for at once
     CREDENTIALS = (
-        *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
+        *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
+        *("ProfileNotFound", "ConfigParseError", "InvalidConfigError"),
         *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "InvalidClientTokenId"),
     )
     REFUSALS: tuple[Refused, ...] = (
         (f"^({'|'.join(CREDENTIALS)}):", "all", "are the credentials right where boto3 looks for them?"),
-        ("^NoSuchBucket:", "all", "is [s3] bucket right?"),
-        ("^RequestTimeTooSkewed:", "all", "is this machine's clock right?"),
+        ("^(NoSuchBucket|InvalidBucketName):", "all", "is [s3] bucket right?"),
+        ("^RequestTimeTooSkewed:|request time and", "all", "is this machine's clock right?"),
         (
             "^(AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraintException|30[12378]):",
             "all",
@@ -1741,21 +1745,21 @@ class S3(Upstream):
         (
             "(?i)object.?lock|retain.?until",
             None,
-            "Object Lock: better than a date in [s3:put_object], which passes, is the bucket's own default retention",
+            "has the bucket Object Lock? Its own default retention is better than [s3:put_object]'s, whose date passes",
         ),
         ("^(InvalidRequest|InvalidArgument|InvalidStorageClass):", None, "is [s3:put_object] right for this bucket?"),
         *Upstream.BAD_CERTIFICATE,
         (
             "^(EndpointConnectionError|ConnectTimeoutError|SSLError|ResponseParserError|bad_answer"
-            "|MethodNotAllowed|NotImplemented|InvalidBucketName|40[045]|50[0-9]):",
+            "|MethodNotAllowed|NotImplemented|40[045]|50[0-9]):",
             None,
-            "is [s3] endpoint_url right, if it is set, and does this machine reach it?",
+            "is [s3] endpoint_url right, or region where that is not set, and does this machine reach it?",
         ),
     )
     PERMISSIONS = {  # that parameters of [s3:put_object] take beside s3:PutObject
         "Tagging": "s3:PutObjectTagging",
-        "ACL": "s3:PutObjectAcl",
-        "ObjectLockMode": "s3:PutObjectRetention",
+        "ACL|Grant.*": "s3:PutObjectAcl",
+        "ObjectLock(Mode|RetainUntilDate)": "s3:PutObjectRetention",
         "ObjectLockLegalHoldStatus": "s3:PutObjectLegalHold",
         "SSEKMSKeyId": "kms:GenerateDataKey (on the key)",
     }
@@ -1763,9 +1767,11 @@ class S3(Upstream):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        more = (action for name, action in self.PERMISSIONS.items() if name in config.put_object)
+        more = (
+            action for name, action in self.PERMISSIONS.items() if any(re.fullmatch(name, n) for n in config.put_object)
+        )
         needs = f"it takes {', '.join(('s3:PutObject', *more))} on {config.bucket}/{self.key('*')}, and its KMS key's"
-        self.REFUSALS = (("^(AccessDenied|403):", "some", needs), *self.REFUSALS)
+        self.REFUSALS = (("^(AccessDenied|403):(?!.*request time and)", "some", needs), *self.REFUSALS)
         self._client: Any = None
         self._bucket_is_there = False  # as far as a HEAD's 404 is concerned
         self._extra: dict[str, Any] = {}
@@ -1914,6 +1920,7 @@ class S3(Upstream):
 
     def _call(self, client: Any, operation: str, **parameters: Any) -> Any:
         import botocore.exceptions
+        import botocore.parsers
 
         try:
             return getattr(client, operation)(**parameters)
@@ -1931,7 +1938,7 @@ class S3(Upstream):
             refusal = self.error(code, said, scope, retry_after(headers))
             refusal.status = status
             raise refusal from None
-        except (botocore.exceptions.BotoCoreError, OSError) as error:
+        except (botocore.exceptions.BotoCoreError, botocore.parsers.ResponseParserError, OSError) as error:
             passing = (
                 botocore.exceptions.ReadTimeoutError,
                 botocore.exceptions.ConnectionClosedError,
@@ -1956,9 +1963,14 @@ class S3(Upstream):
         client, found = self._connect("s3", self.config.region, self.config.endpoint_url)
         if not found:
             raise self.error("NoCredentialsError", "boto3 finds no credentials")
-        if found.access_key.startswith("ASIA") and not found.token:
-            said = f"{found.method} has a temporary key ({found.access_key}) without its aws_session_token"
-            raise self.error("PartialCredentialsError", said)
+        keys = self._call(found, "get_frozen_credentials")  # it may ask AWS for them
+        wrong = ""
+        if re.fullmatch("A[KS]IA[A-Z0-9]{16}", keys.secret_key):
+            wrong = "has the access key's id for its secret: the two are swapped"
+        elif keys.access_key.startswith("ASIA") and not keys.token:
+            wrong = f"has a temporary key ({keys.access_key}) without its aws_session_token"
+        if wrong:
+            raise self.error("PartialCredentialsError", f"{found.method} {wrong}")
         # Another S3 may have a like service of its own, and has no business with AWS's.
         endpoint = client.meta.endpoint_url
         aws = re.search(r"\.amazonaws\.com(\.cn)?$", urllib.parse.urlsplit(endpoint).hostname or "")
@@ -1971,7 +1983,8 @@ class S3(Upstream):
         except UpstreamError as error:
             if aws and error.cause in self.CREDENTIALS:
                 raise
-            who = f"access key {found.access_key}; who that is could not be asked ({error.cause})"
+            shown = keys.access_key if re.fullmatch("[A-Z0-9]+", keys.access_key) else "***"  # it may be the secret
+            who = f"access key {shown}; who that is could not be asked ({error.cause})"
         return f"{who}, from {found.method}"
 
     def check(self) -> str:
@@ -2932,10 +2945,13 @@ def check_queue(config: Config) -> str:
         return f"{config.path} is not there yet: `ts3d serve` makes it"
     with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
         queued, failed, _ = queue_.counts()
-        queue_.prove_writable()
-        for cause in queue_.causes():
-            if cause["type"] == "queue_full" and queue_.running():
-                raise QueueError(f"{config.path}: {cause['message']}: webhooks are answered 503")
+        try:
+            queue_.prove_writable()
+            for cause in queue_.causes():
+                if cause["type"] == "queue_full" and queue_.running():
+                    raise QueueError(cause["message"])
+        except QueueError as error:
+            raise QueueError(f"{config.path}: {error}: webhooks are answered 503 until that is mended") from None
     more = " (`ts3d status` says why)" if queued or failed else ""
     return f"{config.path}: {queued} queued, {failed} failed{more}"
 
@@ -2944,7 +2960,7 @@ def check_clock(*upstreams: Upstream) -> str:
     """How far this machine's clock is from the upstreams', in words. Raises ConfigError."""
     skews = {upstream.title: skew for upstream in upstreams if (skew := upstream.skew()) is not None}
     said = " and ".join(
-        f"{abs(skew):.0f} s {'before' if skew > 0 else 'behind'} {title}'s" for title, skew in skews.items()
+        f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {title}'s" for title, skew in skews.items()
     )
     if any(abs(skew) > CLOCKS_DIFFER for skew in skews.values()):
         raise ConfigError(f"this machine's clock is {said}: set it right, by NTP for example (timedatectl set-ntp yes)")
@@ -2994,7 +3010,7 @@ def status(config: Config, list_failed: bool, as_json: bool) -> int:
             counts = {"running": running, "queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
             disk = {"queue_bytes": used, "max_bytes": config.max_size, "disk_free_bytes": free}
             lists = {"causes": list(map(readable, causes)), "failures": list(map(readable, failures))}
-            print(json.dumps({**counts, **disk, **lists}))
+            print(json.dumps({**counts, **disk, **lists}), flush=True)
             return 0
         if not list_failed:
             say(f"daemon   {'runs' if running else 'does not run'}")
@@ -3003,7 +3019,7 @@ def status(config: Config, list_failed: bool, as_json: bool) -> int:
             say(f"failed   {failed}{hint}")
             say(f"disk     {size(used)} of {size(config.max_size)} used, {size(free)} free: {config.path}")
             last = "" if running else ", as of when the daemon ran last"
-            say(f"\nWhat stands in the way{last}:" if causes else "\nNothing stands in the way.")
+            say(f"\nWhat stands in the way{last}:" if causes else f"\nNothing stands in the way{last}.")
             for cause in causes:
                 say(headline(cause))
                 say(cause["message"], "    ")
@@ -3021,7 +3037,8 @@ def headline(cause: dict[str, Any]) -> str:
     if since := cause.get("since"):
         said += f", since {rfc_3339(since)[:19]}Z ({duration(max(0, time.time() - since))})"
     counts = [f"{cause[state]} {state}" for state in ("queued", "failed") if cause.get(state)]
-    return f"{said}: {', '.join(counts)}" if counts else said
+    said = f"{said}: {', '.join(counts)}" if counts else said
+    return said + (f", such as {cause['alert']}" if cause.get("alert") else "")
 
 
 def readable(entry: dict[str, Any]) -> dict[str, Any]:
@@ -3036,21 +3053,22 @@ def say(text: str, indent: str = "") -> None:
 
     for line in text.splitlines():
         said = printable(redact(line))
-        print(textwrap.fill(said, 79, initial_indent=indent, subsequent_indent=indent or 9 * " "))
+        print(textwrap.fill(said, 79, initial_indent=indent, subsequent_indent=indent or 9 * " "), flush=True)
 
 
 def retry(config: Config, ids: list[str]) -> int:
     """Queue failed alerts again, those named or all; 1 where one that is named has not failed."""
+    ids = list(dict.fromkeys(ids))
     with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
         waiting, code = queue_.queued(ids), 0
         counts = queue_.retry_failed(ids)
     for id_ in ids:
         if not counts[id_] and id_ in waiting:
-            print(f"{id_} has not failed: it is queued")
+            print(f"{id_} has not failed: it is queued", flush=True)
         elif not counts[id_]:
             complain(f"there is no failed alert {id_}: `ts3d status --failed` lists them")
             code = 1
-    print(f"{sum(counts.values())} queued again")
+    print(f"{sum(counts.values())} queued again", flush=True)
     return code
 
 
@@ -3298,6 +3316,8 @@ def main(arguments: list[str] | None = None) -> int:
     fill.add_argument("--from", dest="since", metavar="T", type=moment, help=f"{form}; by default where it left off")
     fill.add_argument("--until", metavar="T", type=moment, help="the same; by default now")
     chosen = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what upstreams say may be beyond the locale's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     path = getattr(chosen, "config", None) or next(filter(os.path.exists, CONFIG_FILES), CONFIG_FILES[-1])
     try:
         if chosen.command == "check":
