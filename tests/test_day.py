@@ -164,7 +164,6 @@ def no_permission(world):
         world.daemon.start()
         yield
         bucket.mode = None
-        world.bucket = bucket
         settled(world.daemon)
         world.daemon.set(s3__endpoint_url=world.s3.url)
         assert world.daemon.stop() == 0
@@ -532,6 +531,7 @@ def checked_here(tmp_path, monkeypatch, capsys, api):
         (s3_says(400, "InvalidStorageClass"), {"put_object__StorageClass": "COLD"}, "is [s3:put_object] right"),
         (s3_says(405, "MethodNotAllowed"), {}, ENDPOINT),
         (page(405), {}, ENDPOINT),
+        (page(403), {}, f"{PUT} on evidence/*"),
         (page(404), {}, ENDPOINT),
         (page(502), {}, ENDPOINT),
         (page(200), {}, ENDPOINT),
@@ -757,6 +757,31 @@ def test_a_server_that_knows_no_sts_and_answers_with_a_page(checked_here, bucket
     assert "who that is could not be asked (ResponseParserError)" in output
 
 
+@pytest.mark.parametrize("upstream", ["threatstack", "s3"])
+@pytest.mark.parametrize(
+    ("days", "says"),
+    [
+        (-1, "is this machine's clock right.*certificate has expired"),
+        (None, "is it the right address.*CERTIFICATE_VERIFY|is .s3. endpoint_url right.*doesn't match"),
+    ],
+)
+def test_an_upstreams_certificate(checked_here, api, bucket, tmp_path, upstream, days, says):
+    """One that has expired, and one for another name."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server = api if upstream == "threatstack" else bucket
+    server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    last = datetime.now(timezone.utc) + DAY * (days or 1)
+    ca.issue_cert("127.0.0.1" if days else "elsewhere.example", not_after=last).configure_cert(server.tls)
+    options = {"threatstack__base_url": f"{api.url}/api/v1", "s3__endpoint_url": bucket.url}
+    for name, url in options.items():
+        options[name] = url.replace("http:", "https:") if server.url in url else url
+    bundle = str(tmp_path / "ca.pem")
+    wrong, _ = checked_here(options, SSL_CERT_FILE=bundle, AWS_CA_BUNDLE=bundle)
+    assert set(wrong) == {upstream}, wrong
+    assert re.search(says, wrong[upstream]), wrong
+
+
 @pytest.mark.parametrize(("ahead", "says"), [(3600, "behind"), (-3600, "ahead of")])
 def test_a_clock_that_signs_nothing(checked_here, s3, api, ahead, says):
     api.ahead = ahead
@@ -975,6 +1000,23 @@ def test_a_disk_that_is_full(new_daemon, tmp_path, running):
         (place / "filler").unlink()
         assert failures(daemon) == {}
         assert glance(daemon)["causes"] == []
+
+
+def test_a_disk_that_is_full_to_its_last_byte(new_daemon, tmp_path):
+    """After a daemon that ended in order, SQLite has files to make, and cannot: the cause is named all the same."""
+    place = tmp_path / "disk"
+    with small_disk(place):
+        daemon = new_daemon(archive__workers="0", queue__path=place / "queue.db", **QUICK)
+        post(daemon, alert(0))
+        assert daemon.stop() == 0
+        fill(place)
+        for command in ("status", "retry"):
+            result = daemon.run(command)
+            assert (result.returncode, result.stdout) == (78, "")
+            assert f"{place}/queue.db: disk I/O error; the queue's disk has less than 16M free" in result.stderr
+        assert "the queue's disk has less than 16M free" in failures(daemon)["queue"]
+        (place / "filler").unlink()
+        assert (failures(daemon), facts(daemon)["queued"]) == ({}, 1)
 
 
 NASTY = "\x1b[31mred\x07\r\n\u2028\u0085caf\u00e9 \u65e5\u672c \U0001f512"
