@@ -1852,6 +1852,7 @@ class S3(Upstream):
                 Body=body,
                 ContentType=content_type,
                 # S3 refuses a body that was damaged on its way, and botocore adds no trailer of its own.
+                ChecksumAlgorithm="SHA256",  # a header that S3 demands too where Object Lock retains the object
                 ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
                 **self._extra,
             )

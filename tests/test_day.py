@@ -687,6 +687,26 @@ def test_who_we_are(checked_here, moto):
     assert re.search(r"^ok +credentials +arn:aws:sts::123456789012:user/moto, from env$", output, re.MULTILINE)
 
 
+@pytest.mark.parametrize("mode", ["the bucket's default", "an option"])
+def test_object_lock(checked_here, moto, mode):
+    """A bucket that retains what is written to it: by its own default, or as [s3:put_object] says."""
+    s3, bucket = client("s3", moto), f"locked-{len(mode)}"
+    s3.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=True)
+    options = {"s3__endpoint_url": moto, "s3__bucket": bucket}
+    if mode == "an option":
+        options |= {
+            "put_object__ObjectLockMode": "GOVERNANCE",
+            "put_object__ObjectLockRetainUntilDate": "2099-01-01T00:00:00Z",
+        }
+    else:
+        rule = {"DefaultRetention": {"Mode": "GOVERNANCE", "Days": 1}}
+        lock = {"ObjectLockEnabled": "Enabled", "Rule": rule}
+        s3.put_object_lock_configuration(Bucket=bucket, ObjectLockConfiguration=lock)
+    wrong, output = checked_here(options)
+    assert not wrong, output
+    assert s3.head_object(Bucket=bucket, Key="ts3d-check")["ObjectLockMode"] == "GOVERNANCE"
+
+
 def test_iam(checked_here, moto):
     """A user without a permission, who gets one, and a secret that is wrong."""
     iam = client("iam", moto)

@@ -114,7 +114,7 @@ def test_what_a_put_looks_like(new_daemon, faulty, s3):
     assert headers["x-amz-checksum-sha256"] == digest
     assert headers["content-type"] == "application/json"
     assert int(headers["content-length"]) == len(TUTORIAL_ALERT)
-    for name in ("expect", "transfer-encoding", "content-encoding", "x-amz-trailer", "x-amz-sdk-checksum-algorithm"):
+    for name in ("expect", "transfer-encoding", "content-encoding", "x-amz-trailer"):
         assert name not in headers
 
 
