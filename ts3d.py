@@ -1338,6 +1338,12 @@ class Upstream:
                     self.hold.probe_at = time.monotonic() + PROBE_PAUSE  # a probe that hangs is followed by another
                     job.probe = True
 
+    def spare(self) -> None:
+        """Let another probe begin now: the last one got no further than another upstream."""
+        with self._lock:
+            if self.hold:
+                self.hold.probe_at = time.monotonic()
+
     def leave(self, job: Job) -> None:
         """Give back the job's seat, if it has one."""
         with self._lock:
@@ -2209,6 +2215,8 @@ class Archiver:
         before, now = json.loads(job.error or "{}"), time.monotonic()
         since = before.get("since", time.time()) if before.get("type") == error.type else time.time()
         text = json.dumps({**error.as_json(), "since": since})
+        if job.probe and error.upstream == self.threatstack.name:  # which is asked first
+            self.s3.spare()
         if error.longest is None:
             metrics.count("ts3d_retries_total", upstream=error.upstream, cause=error.cause)
             # Due at once when the hold ends, but after all that have not failed: the probe is never the last to fail.

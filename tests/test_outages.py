@@ -114,6 +114,22 @@ def test_s3_away(new_daemon, s3, api, faulty, mode, type_, killed):
     until(lambda: daemon.health()["queued"] == 0)
 
 
+@pytest.mark.parametrize("mode", [401, 503])
+def test_s3_is_noticed_to_be_back_while_threat_stack_is_away(new_daemon, s3, api, mode):
+    """Alerts that wait for both must not take S3's probe each time, and then never reach S3."""
+    daemon = new_daemon(**QUICK)
+    api.mode = mode
+    daemon.post({"alerts": [alert(n) for n in range(5)]})
+    until(lambda: daemon.logged("threatstack is held") and len(s3.objects("webhooks/")) == 5)
+    s3.stop()
+    daemon.post({"alerts": [alert(5)]})
+    until(lambda: daemon.logged("s3 is held"))
+    s3.start()
+    until(lambda: len(s3.objects("webhooks/")) == 6)
+    assert daemon.logged("s3 is back")
+    assert not daemon.logged("threatstack is back")
+
+
 def test_a_poisoned_alert_delays_no_other(new_daemon, s3, api):
     daemon = new_daemon(server__wait="5")
     api.modes["alert-000000"] = 500
