@@ -752,7 +752,10 @@ class Queue:
                 self._move_aside(damage)
                 return self._open()
         elif not os.access(self.path, os.R_OK):
-            raise QueueError("there is no queue yet: `ts3d serve` makes it. Or this user may not read it")
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(self.path)
+                raise QueueError("this user may not read it")
+            raise QueueError("there is no queue yet: `ts3d serve` makes it")
         self._db, self._reader = enter(contextlib.closing(self._connect())), enter(contextlib.closing(self._connect()))
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
