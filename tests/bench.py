@@ -274,7 +274,7 @@ def receive(place):
     hooks.write_text(json.dumps([{"id": "fast", **hook}, waiting]))
     daemon = place.daemon(archive__workers="0")
     rates = {"fast": [], "waiting": [], 1: [], 25: []}
-    for _ in range(ROUNDS):
+    for _ in range(2 * ROUNDS):
         for id_ in ("fast", "waiting") if shutil.which("webhook") else ():
             port = free_port()
             # -verbose: it logs its requests, as ts3d does.
@@ -352,7 +352,7 @@ def latency(place):
         archive_more(s3, whole - archived(s3))
         for threads, port in ports.items():
             url = f"http://127.0.0.1:{port}/api/v1/s3/alert"
-            theirs[threads].append(place.load(url, connections=4 * threads, seconds=4)[0])
+            theirs[threads].append(place.load(url, connections=8 * threads, seconds=4)[0])
     law = [WORKERS / (2 * S3_SECONDS + API_SECONDS)] * ROUNDS
     what = "archived, 32 workers, 30 and 120 ms"
     yield Row(what, "Little's law", "/s", ours, law, least=0.95)
