@@ -58,7 +58,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -385,6 +385,9 @@ def start_log(level: str) -> None:
     formatter, handler = LineFormatter(), logging.StreamHandler()
     formatter.journal = in_journal()
     handler.setFormatter(formatter)
+    # What no line says is not looked for (the logging HOWTO's "Optimization").
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.raiseExceptions = False  # a log that cannot be written must not end what is logged
     # Other libraries speak from WARNING on: botocore's DEBUG shows signatures and bodies.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -693,6 +696,7 @@ class Queue:
         UPDATE jobs SET step = :step, tries = :tries, waited = :waited, due = :due, error = :error, failed = :failed,
         origin = :origin WHERE number = :number"""
     WAL_PAGES = 4 << 20  # bytes of write-ahead log after which it is copied into the file
+    OUTCOMES = 64  # that nobody waits for are written at once, fewer with the next webhook or `beat`
     MAX_OUTCOMES = 10_000  # that wait for the disk, before no more jobs are taken
     BUSY = 10.0  # seconds to wait for another process's transaction
 
@@ -711,6 +715,8 @@ class Queue:
         self._lock = threading.Condition()  # for _reader, _taken and _outcomes; notified of what answers wait for
         self._taken: set[int] = set()
         self._outcomes: dict[int, Job] = {}  # jobs given back that are not on disk yet; they are in _taken too
+        self._awaited = 0  # answers that wait for outcomes
+        self.putting = 0  # webhooks that wait for the disk
         self.refused: dict[str, Any] | None = None  # why webhooks are refused, as an error, with their `bytes`
         self.obstacles: list[str] = []  # what stands in the way, as JSON: written down for other processes
         self._noted: list[str] | None = None if create else []  # what is written down
@@ -855,7 +861,13 @@ class Queue:
                 raise
             return [self._put_one(db, arrival, now) for arrival in arrivals]
 
-        return self._write(run)
+        with self._lock:
+            self.putting += 1
+        try:
+            return self._write(run)
+        finally:
+            with self._lock:
+                self.putting -= 1
 
     def _put_one(self, db: sqlite3.Connection, new: Arrival, now: float) -> int:
         sql = "SELECT number, failed FROM jobs WHERE id = ? AND (body = ? OR ?) ORDER BY failed LIMIT 1"
@@ -879,11 +891,11 @@ class Queue:
         self._settle(replace(job, probe=False, seated=False, due=due, error=error, failed=failed))
 
     def _settle(self, job: Job) -> None:
-        """Have the next transaction write what became of the job, and wait for it."""
+        """Have the next transaction write what became of the job. Until one succeeds it stays in memory."""
         with self._lock:
             self._outcomes[job.number] = job
-        with contextlib.suppress(QueueError):  # then it stays in memory until one succeeds
-            self._write(lambda db: None)
+        if self._awaited or len(self._outcomes) >= self.OUTCOMES:
+            self.beat()
 
     def beat(self) -> None:
         """Wake the writer: it shows that it moves, and tries again what the disk refused. Waits for nothing."""
@@ -898,12 +910,16 @@ class Queue:
         left = list(numbers)
 
         def over() -> bool:
-            while left and not self.states(left[-1:]):  # one look each time, however many there are
+            while not hopeless() and left and not self.states(left[-1:]):  # one look each time, however many there are
                 left.pop()
             return not left or hopeless()
 
         with self._lock:
-            self._lock.wait_for(over, seconds)
+            self._awaited += 1
+            try:
+                self._lock.wait_for(over, seconds)
+            finally:
+                self._awaited -= 1
             return self.states(left)
 
     def stir(self) -> None:
@@ -1109,8 +1125,8 @@ class Queue:
 
     def states(self, numbers: Iterable[int]) -> States:
         """Step and last error of those of these jobs that are still queued. Raises QueueError."""
-        sql = "SELECT number, step, error FROM jobs WHERE number = ?"
-        return {row[0]: row[1:] for number in numbers for row in self._read(sql, number)}
+        sql = "SELECT number, step, error FROM jobs WHERE number IN (SELECT value FROM json_each(?))"
+        return {row[0]: row[1:] for row in self._read(sql, json.dumps(list(numbers)))}
 
     def counts(self) -> tuple[int, int, float]:
         """Jobs queued, jobs failed, and the age of the oldest queued in seconds. Raises QueueError."""
@@ -1492,7 +1508,9 @@ class Wire(io.RawIOBase):
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
-        self.sock.settimeout(min(left, self.silence))
+        left = min(left, self.silence)
+        if abs(left - (self.sock.gettimeout() or 0)) > 0.02:  # a system call, also where nothing changes
+            self.sock.settimeout(left)
         return self.sock
 
     def readable(self) -> bool:
@@ -2104,7 +2122,7 @@ class Archiver:
     def hopeless(self) -> bool:
         """Whether waiting for S3 makes no sense now."""
         held = self.threatstack.hold or self.s3.hold
-        return not self.config.workers or self.stopping.is_set() or held is not None
+        return not self.config.workers or not self.config.wait or self.stopping.is_set() or held is not None
 
     def held(self) -> list[dict[str, Any]]:
         """The upstreams that are held: the error of each, with its name (`held`) and since when."""
@@ -2160,7 +2178,8 @@ class Archiver:
                 self._put_off(job, UpstreamError("ts3d", "internal", f"internal error: {describe(error)}"), 0)
             finally:
                 self.threatstack.leave(job)
-                self.wake.set()
+                if self.queue.taken() <= 1.5 * self.config.workers:  # else there is enough to do
+                    self.wake.set()
                 promise(math.inf)  # until the next job
 
     def _archive(self, job: Job) -> None:
@@ -2205,6 +2224,8 @@ class Archiver:
     def _write_object(self, job: Job, object_: Object) -> None:
         """Get the body of one of the job's objects, and put it into S3."""
         promise(self.config.timeout + LONGEST_CALLS)
+        if self.queue.putting > 1:
+            nap(0.03)  # webhooks first: what is archived a little later is on disk already
         if object_.path:
             named = None if object_.then else job.id  # only the detail says whose it is
             body = self.threatstack.call(job, self.threatstack.get, object_.path.format(alert=job), named)
@@ -2253,6 +2274,9 @@ REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) H
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+
+
+http_date = functools.lru_cache(1)(functools.partial(formatdate, usegmt=True))
 
 
 class Refusal(Exception):
@@ -2738,7 +2762,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         body = (payload if isinstance(payload, str) else json.dumps(payload)).encode()
         kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(payload, str) else "application/json"
-        headers = {"Server": "ts3d", "Date": self.date_time_string(), "Content-Type": kind, **headers}
+        headers = {"Server": "ts3d", "Date": http_date(int(time.time())), "Content-Type": kind, **headers}
         headers["X-Request-Id"] = self.id
         if self.close_connection:
             headers["Connection"] = "close"
@@ -2842,6 +2866,9 @@ def serve(config: Config) -> int:
     if config.workers:
         require_upstreams(config)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # `supervise` looks for them
+    # One thread runs at a time (the GIL): handing it from one processor to another costs more than the others give.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     threading.excepthook = lambda args: log.error("thread ended: %s", describe(args.exc_value or SystemExit()))
     os.umask(0o077)  # the queue holds what customers' alerts say
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -139,6 +139,7 @@ def test_order_and_steps(queue):
     assert queue.take(["webhooks", "alerts"], 9) == []
     queue.retry(one, 0, '{"type": "x"}', failed=True)
     queue.done(two)
+    queue.prove_writable()  # a transaction, with which both are written
     assert queue.counts()[:2] == (1, 1)
     assert queue.states([1, 2, 3]) == {1: ("alerts", '{"type": "x"}'), 3: ("webhooks", None)}
 

@@ -631,6 +631,7 @@ def test_a_wrong_base_url_gives_no_alert_up(unstarted, api):
         with pytest.raises(ts3d.UpstreamError) as caught:
             archiver.threatstack.call(job, archiver.threatstack.get, "/alerts/abcd", "abcd")
         archiver._put_off(job, caught.value, ts3d.NOT_FOUND_FOR)
+        queue.prove_writable()  # a transaction, with which it is written
         assert queue.counts()[:2] == (1 - failed, failed)
         queue._write(lambda db: db.execute("UPDATE jobs SET due = 0"))
     queue.close()
