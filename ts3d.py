@@ -650,7 +650,7 @@ class Job:
     tries: int
     waited: float
     due: float = 0
-    error: str | None = None  # JSON: type and message, and `since`, when it was the same for the first time
+    error: str | None = None  # JSON: type, message, `since` (when it was the same first), `at` (monotonic clock)
     origin: str = ""
     failed: bool = False
     done: bool = False
@@ -680,7 +680,7 @@ class Queue:
             tries    INTEGER NOT NULL DEFAULT 0,
             waited   REAL NOT NULL DEFAULT 0,
             failed   INTEGER NOT NULL DEFAULT 0,
-            error    TEXT, -- the last one: {"type": …, "message": …, "since": …}
+            error    TEXT, -- the last one: {"type": …, "message": …, "since": …, "at": …}
             body     BLOB NOT NULL);
         CREATE INDEX jobs_by_id ON jobs (id);
         CREATE INDEX jobs_by_due ON jobs (failed, step, due); -- and by number: no sorting
@@ -1179,7 +1179,8 @@ class Queue:
         number = 0
         while rows := self._read(sql, number):
             for number, id_, received, tries, error in rows:  # noqa: B007
-                yield {"id": id_, "received": received, "tries": tries, "error": json.loads(error or "{}")}
+                shown = {name: value for name, value in json.loads(error or "{}").items() if name != "at"}
+                yield {"id": id_, "received": received, "tries": tries, "error": shown}
 
     def retry_failed(self, ids: list[str]) -> dict[str, int]:
         """Queue failed alerts again: those of these ids, or all; how many, by id. Raises QueueError."""
@@ -1374,7 +1375,10 @@ class Upstream:
         """Call `function` for this job and learn from it how the upstream is. Raises UpstreamError."""
         if (hold := self.hold) and not job.probe:
             raise hold.error.with_traceback(None)  # one that is raised again and again would keep every frame
-        started, worked = time.monotonic(), self._worked > job.due  # the job failed last before it was due again
+        started, failed_at = time.monotonic(), json.loads(job.error or "{}").get("at", 0)
+        worked = self._worked > (
+            failed_at if failed_at <= started else 0
+        )  # beyond now it was before the machine's boot
         self._calls[job.number] = started
         try:
             result = function(*args)
@@ -2238,7 +2242,7 @@ class Archiver:
         """A try that failed: later again, at the upstream's fault or at the alert's own, or never."""
         before, now = json.loads(job.error or "{}"), time.monotonic()
         since = before.get("since", time.time()) if before.get("type") == error.type else time.time()
-        text = json.dumps({**error.as_json(), "since": since})
+        text = json.dumps({**error.as_json(), "since": since, "at": now})
         if job.probe and error.upstream == self.threatstack.name:  # which is asked first
             self.s3.spare()
         if error.longest is None:
@@ -2662,7 +2666,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             elif (number := next(jobs)) in queued:
                 step, error = queued[number]
                 trouble = json.loads(error) if error else self.server.archiver.trouble(step)
-                state, _ = "queued", trouble and trouble.pop("since", None)
+                state, trouble = "queued", trouble and {name: trouble[name] for name in ("type", "message")}
             states.append({"id": alert.id, "state": state, **({"error": trouble} if trouble else {})})
         if alerts and not numbers:
             more = f" (and {len(states) - 1} more)" if len(states) > 1 else ""

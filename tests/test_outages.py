@@ -212,7 +212,7 @@ def test_steps_done_are_remembered(new_daemon, s3, api):
 
 
 def test_an_alert_that_keeps_failing_is_set_aside_and_tried_anew_when_sent_again(new_daemon, s3, api):
-    daemon = new_daemon(archive__give_up_after="1")
+    daemon = new_daemon(archive__give_up_after="1", server__wait="1")
     api.modes["alert-000000"] = 500
     daemon.post({"alerts": [alert(0)]})
     until(lambda: daemon.health()["failed"] == 1)
@@ -321,7 +321,8 @@ def test_an_outage_makes_no_alert_fail(new_daemon, s3, api):
     until(lambda: len(s3.objects("alerts/")) == 3)
 
 
-def test_somebody_elses_detail_is_not_archived(daemon, s3, api):
+def test_somebody_elses_detail_is_not_archived(new_daemon, s3, api):
+    daemon = new_daemon(**QUICK)
     api.mode = lambda handler: handler.send(200, threatstack.detail("alert-000009"))
     error = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]
     assert error == {"type": "threatstack_bad_answer", "message": "Threat Stack: the answer is not this alert's detail"}
@@ -329,7 +330,8 @@ def test_somebody_elses_detail_is_not_archived(daemon, s3, api):
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"status": "error", "message": "x"}', b'{"errors": ["x"]}', b"[]", b"null"])
-def test_an_error_with_status_200_is_not_archived(daemon, s3, api, body):
+def test_an_error_with_status_200_is_not_archived(new_daemon, s3, api, body):
+    daemon = new_daemon(**QUICK)
     api.mode = lambda handler: handler.send(200, body)
     assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]["type"] == "threatstack_bad_answer"
     assert s3.objects("alerts/") == {}
@@ -344,7 +346,8 @@ def test_a_call_that_hangs_for_good_does_not_keep_its_alert_for_the_whole_timeou
     until(lambda: len(s3.objects("alerts/")) == 1, 20)
 
 
-def test_a_redirect_is_not_followed(daemon, s3, api):
+def test_a_redirect_is_not_followed(new_daemon, s3, api):
+    daemon = new_daemon(**QUICK)
     elsewhere = threatstack.Faulty()
     api.mode = lambda handler: handler.send(302, b"", [("Location", f"{elsewhere.url}/api/v1/alerts/alert-000000")])
     daemon.post({"alerts": [alert(0)]})
@@ -401,7 +404,7 @@ def test_an_answer_ends_its_wait_where_waiting_makes_no_sense(new_daemon, api):
 
 
 def test_the_key_in_an_upstreams_answer_is_not_passed_on(new_daemon, api):
-    daemon = new_daemon()
+    daemon = new_daemon(**QUICK)
     api.mode = lambda handler: handler.send(403, f"bad key {threatstack.KEY}".encode())
     answer = json.dumps(daemon.post({"alerts": [alert(0)]})[1])
     assert "bad key ***" in answer

@@ -37,6 +37,8 @@ def test_the_first_connection_starts_it_and_its_alert_arrives(machine):
     machine.post(1)
     until(lambda: set(keys_of(alert(1)["id"], "2017/01/17/13/52")) <= machine.objects())
     assert active(machine) == "active"
+    allowed = machine.run(f"grep Cpus_allowed_list /proc/{machine.show('ts3d.service', 'MainPID')}/status").stdout
+    assert re.fullmatch(r"Cpus_allowed_list:\t\d+\n", allowed), "it keeps to one processor"
     until(lambda: machine.show("ts3d.service", "StatusText") == "0 queued, 0 failed")
     log = machine.run("journalctl --no-pager --output=json -u ts3d.service").stdout
     lines = [json.loads(line) for line in log.splitlines()]

@@ -502,7 +502,7 @@ def test_s3s_redirect_takes_nothing_elsewhere(new_daemon, code):
     ids=["body", "chunk", "chunks", "heads"],
 )
 def test_the_memory_that_an_endless_answer_takes(new_daemon, s3, api, tmp_path, fault):
-    daemon = new_daemon(threatstack__timeout="20", archive__workers="1")
+    daemon = new_daemon(threatstack__timeout="20", archive__workers="1", server__wait="1")
     until(lambda: daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived")
     before = peak_memory(daemon)
     with fault(World(daemon, api, tmp_path)):
