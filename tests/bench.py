@@ -352,7 +352,7 @@ def latency(place):
         archive_more(s3, whole - archived(s3))
         for threads, port in ports.items():
             url = f"http://127.0.0.1:{port}/api/v1/s3/alert"
-            theirs[threads].append(place.load(url, connections=8 * threads, seconds=4)[0])
+            theirs[threads].append(place.load(url, connections=8 * threads, seconds=8)[0])
     law = [WORKERS / (2 * S3_SECONDS + API_SECONDS)] * ROUNDS
     what = "archived, 32 workers, 30 and 120 ms"
     yield Row(what, "Little's law", "/s", ours, law, least=0.95)
