@@ -468,7 +468,7 @@ class Metrics:
         for name, (kind, help_) in METRICS.items():
             family = [name] if kind != "summary" else [f"{name}_sum", f"{name}_count"]
             rows = [f"{n}{labels} {value:.15g}\n" for n in family for labels, value in samples.get(n, {}).items()]
-            if rows:
+            if rows or kind == "counter":
                 lines += [f"# HELP {name} {help_}\n", f"# TYPE {name} {kind}\n", *rows]
         return "".join(lines)
 
@@ -656,6 +656,7 @@ class Job:
     done: bool = False
     probe: bool = False  # may call an upstream that is held
     seated: bool = False  # has one of Threat Stack's seats
+    noted: bool = True  # what is on disk says the same
 
 
 class Queue:
@@ -857,7 +858,8 @@ class Queue:
                 # What an empty queue would not take either says nothing of this one.
                 if not late and bytes_ < self.max_size // 2:
                     since = (self.refused or {}).get("since", time.time())
-                    self.refused = {"type": "queue_full", "message": str(error), "since": since, "bytes": bytes_}
+                    kind = "disk_full" if str(error) == DISK_FULL else "queue_full"
+                    self.refused = {"type": kind, "message": str(error), "since": since, "bytes": bytes_}
                 raise
             return [self._put_one(db, arrival, now) for arrival in arrivals]
 
@@ -888,7 +890,7 @@ class Queue:
 
         `error` is what it failed for, None if it did not; `failed` sets it aside, until it is asked for again.
         """
-        self._settle(replace(job, probe=False, seated=False, due=due, error=error, failed=failed))
+        self._settle(replace(job, probe=False, seated=False, noted=False, due=due, error=error, failed=failed))
 
     def _settle(self, job: Job) -> None:
         """Have the next transaction write what became of the job. Until one succeeds it stays in memory."""
@@ -917,6 +919,8 @@ class Queue:
         with self._lock:
             self._awaited += 1
             try:
+                if self._outcomes:  # of before this waited
+                    self.beat()
                 self._lock.wait_for(over, seconds)
             finally:
                 self._awaited -= 1
@@ -1116,6 +1120,8 @@ class Queue:
 
     def release(self, job: Job) -> None:
         """Give back a job with which nothing was done."""
+        if not job.noted:  # it was taken before what became of it last was on disk
+            return self.retry(job, job.due, job.error)
         with self._lock:
             self._taken.discard(job.number)
 
@@ -1326,7 +1332,8 @@ class Upstream:
     # What is known of errors: a pattern of `cause: text`, a scope (None: as it would be), a hint. The first counts.
     REFUSALS: tuple[Refused, ...] = ()
     BAD_CERTIFICATE: tuple[Refused, ...] = (
-        ("not yet valid|certificate has expired", None, "is this machine's clock right?"),
+        ("certificate has expired", None, "is this machine's clock right? If so, they have to renew their certificate"),
+        ("not yet valid", None, "is this machine's clock right?"),
         ("CERTIFICATE_VERIFY_FAILED", None, "is it the right address, and does this machine trust its certificate?"),
     )
     clocks = (0.0, "")  # this machine's (seconds since the epoch) and the upstream's (HTTP's Date) at the last answer
@@ -1357,12 +1364,6 @@ class Upstream:
                 if self.hold:
                     self.hold.probe_at = time.monotonic() + PROBE_PAUSE  # a probe that hangs is followed by another
                     job.probe = True
-
-    def spare(self) -> None:
-        """Let another probe begin now: the last one got no further than another upstream."""
-        with self._lock:
-            if self.hold:
-                self.hold.probe_at = time.monotonic()
 
     def leave(self, job: Job) -> None:
         """Give back the job's seat, if it has one."""
@@ -2229,7 +2230,7 @@ class Archiver:
         """Get the body of one of the job's objects, and put it into S3."""
         promise(self.config.timeout + LONGEST_CALLS)
         if self.queue.putting > 1:
-            nap(0.03)  # webhooks first: what is archived a little later is on disk already
+            nap(0.04)  # webhooks first: what is archived a little later is on disk already
         if object_.path:
             named = None if object_.then else job.id  # only the detail says whose it is
             body = self.threatstack.call(job, self.threatstack.get, object_.path.format(alert=job), named)
@@ -2243,8 +2244,9 @@ class Archiver:
         before, now = json.loads(job.error or "{}"), time.monotonic()
         since = before.get("since", time.time()) if before.get("type") == error.type else time.time()
         text = json.dumps({**error.as_json(), "since": since, "at": now})
-        if job.probe and error.upstream == self.threatstack.name:  # which is asked first
-            self.s3.spare()
+        if job.probe and self.s3.hold and error.upstream == self.threatstack.name:  # which was asked first
+            with contextlib.suppress(UpstreamError):
+                self.s3.call(job, self.s3.check)
         if error.longest is None:
             metrics.count("ts3d_retries_total", upstream=error.upstream, cause=error.cause)
             # Due at once when the hold ends, but after all that have not failed: the probe is never the last to fail.
@@ -2533,12 +2535,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.note += f" error={refusal}"
         if status and self.target == WEBHOOKS:
             metrics.count("ts3d_webhooks_total", status=status)
-        if status:
-            self.answer(status, payload, headers)
         path = self.path.partition("?")[0][:200]  # the query may hold the token
         said = f"{self.command} {path} {status or '-'} request={self.id} client={self.client}{self.note}"
         priority = logging.WARNING if status >= 500 else logging.INFO
         log.log(priority, "%s seconds=%.3f", said, time.monotonic() - started)
+        if status:
+            self.answer(status, payload, headers)  # last: who reads its id finds it in the log
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal."""
@@ -2923,7 +2925,7 @@ def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]
         archiver.wake.set()
         queue_.stir()
         refused = [{k: v for k, v in queue_.refused.items() if k != "bytes"}] if queue_.refused else []
-        queue_.obstacles = [json.dumps(error) for error in refused + archiver.held()]
+        queue_.obstacles = [json.dumps(error) for error in expired(archiver.config) + refused + archiver.held()]
         queue_.beat()
         if time.monotonic() >= next_word:
             next_word = time.monotonic() + pause
@@ -2935,6 +2937,13 @@ def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]
         if archiver.fatal:
             return archiver.fatal
     return None
+
+
+def expired(config: Config) -> list[dict[str, Any]]:
+    """As an error, that the certificate which this process has read has ended."""
+    message = "the certificate of [server] tls_certificate has expired"
+    ended = {"type": "tls_certificate", "message": message, "since": config.certificate_ends}
+    return [ended] if config.certificate_ends < time.time() else []
 
 
 CLOCKS_DIFFER = 60.0  # seconds that `check` lets clocks differ: as Hawk does
@@ -2991,7 +3000,7 @@ def check_queue(config: Config) -> str:
         try:
             queue_.prove_writable()
             for cause in queue_.causes():
-                if cause["type"] == "queue_full" and queue_.running():
+                if cause["type"] in ("queue_full", "disk_full") and queue_.running():
                     raise QueueError(cause["message"])
         except QueueError as error:
             raise QueueError(f"{config.path}: {error}: webhooks are answered 503 until that is mended") from None
@@ -3011,13 +3020,18 @@ def check_clock(*upstreams: Upstream) -> str:
 
 
 def check_certificate(config: Config) -> str:
-    """How long [server] tls_certificate is valid, in words. Raises ConfigError where it is not any more."""
+    """How long [server] tls_certificate is valid, in words. Raises ConfigError where it, or the daemon's, is not."""
     left = config.certificate_ends - time.time()
     if math.isnan(left):
         return f"{config.tls_certificate}: no last day is found in it"
     said = f"{config.tls_certificate}: its last day is {rfc_3339(config.certificate_ends)[:10]}"
     if left < 0:
         raise ConfigError(f"{said}, which is over: Threat Stack sends nothing any more. Renew it, and restart ts3d")
+    served: list[dict[str, Any]] = []
+    with contextlib.suppress(ConfigError, QueueError), contextlib.closing(Queue(config.path, config.max_size)) as jobs:
+        served = jobs.causes() if jobs.running() else []
+    if any(cause["type"] == "tls_certificate" for cause in served):
+        raise ConfigError(f"{said}, but the daemon still has the one before, which is over: systemctl restart ts3d")
     return f"{said}, in {duration(left)}"
 
 
@@ -3044,15 +3058,15 @@ def status(config: Config, list_failed: bool, as_json: bool) -> int:
         used, free = queue_.space()
         running, causes = queue_.running(), queue_.causes()
         failures = queue_.failed() if list_failed else iter(())
-        if free < HOLD_BACK and not any(cause["type"] == "queue_full" for cause in causes):
+        if free < HOLD_BACK and not any(cause["type"] == "disk_full" for cause in causes):
             causes.insert(0, {"type": "disk_full", "message": DISK_FULL})
-        if config.certificate_ends < time.time():
-            message = "the certificate of [server] tls_certificate has expired"
-            causes.insert(0, {"type": "tls_certificate", "message": message, "since": config.certificate_ends})
+        if not any(cause["type"] == "tls_certificate" for cause in causes):  # that which the daemon has may be another
+            causes[:0] = expired(config)
         if as_json:
             counts = {"running": running, "queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
             disk = {"queue_bytes": used, "max_bytes": config.max_size, "disk_free_bytes": free}
-            lists = {"causes": list(map(readable, causes)), "failures": list(map(readable, failures))}
+            lists = {"causes": list(map(readable, causes))}
+            lists |= {"failures": list(map(readable, failures))} if list_failed else {}
             print(json.dumps({**counts, **disk, **lists}), flush=True)
             return 0
         if not list_failed:
@@ -3079,7 +3093,7 @@ def headline(cause: dict[str, Any]) -> str:
     said = f"{cause['held']} is held: {cause['type']}" if "held" in cause else str(cause["type"])
     if since := cause.get("since"):
         said += f", since {rfc_3339(since)[:19]}Z ({duration(max(0, time.time() - since))})"
-    counts = [f"{cause[state]} {state}" for state in ("queued", "failed") if cause.get(state)]
+    counts = [f"{cause[state]}\xa0{state}" for state in ("queued", "failed") if cause.get(state)]
     said = f"{said}: {', '.join(counts)}" if counts else said
     return said + (f", such as {cause['alert']}" if cause.get("alert") else "")
 
@@ -3096,7 +3110,8 @@ def say(text: str, indent: str = "") -> None:
 
     for line in text.splitlines():
         said = printable(redact(line))
-        print(textwrap.fill(said, 79, initial_indent=indent, subsequent_indent=indent or 9 * " "), flush=True)
+        wrap = textwrap.TextWrapper(79, indent, indent or 9 * " ", break_on_hyphens=False)
+        print(wrap.fill(said).replace("\xa0", " "), flush=True)  # which it takes for no blank
 
 
 def retry(config: Config, ids: list[str]) -> int:

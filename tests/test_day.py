@@ -858,6 +858,21 @@ def test_the_last_day_of_a_certificate(checked_here, s3, tmp_path, last, kind):
     assert ("which is over" in output) == (last.year == 2020)
 
 
+def test_a_renewed_certificate_that_the_daemon_has_not_read(new_daemon, tmp_path):
+    pem = tmp_path / "both.pem"
+    now = datetime.now(timezone.utc)
+    certificate(pem, now - DAY)
+    daemon = new_daemon(server__tls_certificate=pem, server__tls_key=pem)
+    until(lambda: "tls_certificate" in causes(daemon))
+    certificate(pem, now + 90 * DAY)
+    assert "the daemon still has the one before, which is over" in failures(daemon)["certificate"]
+    assert "tls_certificate" in causes(daemon)
+    daemon.stop()
+    daemon.start()
+    until(lambda: causes(daemon) == {})
+    assert failures(daemon) == {}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # status
 # ---------------------------------------------------------------------------------------------------------------------
