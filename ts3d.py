@@ -1468,7 +1468,7 @@ class Upstream:
         began, said = time.monotonic(), list[str]()
         try:
             yield said
-        except Exception as error:
+        except Exception as error:  # goes on as it came: what a call ended with is shown, whatever it was
             said.append(getattr(error, "type", type(error).__name__))
             raise
         finally:
