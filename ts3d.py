@@ -743,15 +743,7 @@ class Queue:
         self._open_files.close()
         enter = self._open_files.enter_context
         if self._create:
-            # The lock has a file of its own: SQLite's would be lost by closing.
-            make(self.path + ".lock")
-            lock = os.fdopen(os.open(self.path + ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
-            enter(lock)
-            deadline = time.monotonic() + 1  # `running` holds it for a moment
-            while not locked(lock, fcntl.LOCK_EX):
-                if time.monotonic() > deadline:
-                    raise QueueError("another `ts3d serve` works on this queue")
-                nap(0.02)
+            self._claim()
             make(self.path)
             # For a look at its bytes. It stays open: closing any descriptor of a file drops SQLite's locks (fcntl(2)).
             self._file = enter(open(self.path, "rb"))  # noqa: SIM115
@@ -789,6 +781,20 @@ class Queue:
         self._reader.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
         self._stats = {path: os.stat(path) for path in self._paths}
         self._broken = False
+
+    def _claim(self) -> None:
+        """Keep other daemons out, by a lock with a file of its own: SQLite's would be lost by closing.
+
+        Raises QueueError, OSError.
+        """
+        make(self.path + ".lock")
+        lock = os.fdopen(os.open(self.path + ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
+        self._open_files.enter_context(lock)
+        deadline = time.monotonic() + 1  # `running` holds it for a moment
+        while not locked(lock, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise QueueError("another `ts3d serve` works on this queue")
+            nap(0.02)
 
     def _look_for_damage(self) -> str | None:
         """What SQLite finds malformed in the queue, None for nothing. Raises OSError, sqlite3.Error.
