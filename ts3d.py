@@ -1520,7 +1520,8 @@ class Wire(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("timed out")
         left = min(left, self.silence)
-        if abs(left - (self.sock.gettimeout() or 0)) > 0.02:  # a system call, also where nothing changes
+        now = self.sock.gettimeout()
+        if not now or abs(left - now) > 0.02:  # a system call, also where nothing changes
             self.sock.settimeout(left)
         return self.sock
 
