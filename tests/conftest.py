@@ -362,5 +362,11 @@ def alert(number=0, **members):
     return {"id": f"alert-{number:06}", "created_at": 1484661065000 + number * 60000, "severity": 1, **members}
 
 
+def error_of(daemon, number=0):
+    """What an answer says that stands in an alert's way, once it says anything: nothing was tried before boto3."""
+    body = {"alerts": [alert(number)]}
+    return until(lambda: daemon.post(body)[1]["alerts"][0].get("error"), what="error")
+
+
 def keys_of(alert_id, minute):
     return [f"alerts/{alert_id[:2]}/{alert_id[2:4]}/{alert_id}", f"webhooks/{minute}/{alert_id}"]

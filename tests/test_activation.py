@@ -269,7 +269,7 @@ def test_a_thread_that_does_not_move_starves_the_watchdog(told):
     daemon.environment["WATCHDOG_USEC"] = "1000000"
     daemon.set(server__wait="0")
     daemon.start()
-    until(lambda: "WATCHDOG=1" in messages[-1])
+    until(lambda: messages and "WATCHDOG=1" in messages[-1])
     # A disk that hangs, for so many microseconds.
     command = ["strace", "-f", "-o", os.devnull, "-e", "inject=fdatasync:delay_enter=600000000"]
     with (

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import threatstack
-from conftest import TOKEN, alert, until
+from conftest import TOKEN, alert, error_of, until
 
 import ts3d
 
@@ -324,7 +324,7 @@ def test_an_outage_makes_no_alert_fail(new_daemon, s3, api):
 def test_somebody_elses_detail_is_not_archived(new_daemon, s3, api):
     daemon = new_daemon(**QUICK)
     api.mode = lambda handler: handler.send(200, threatstack.detail("alert-000009"))
-    error = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]
+    error = error_of(daemon)
     assert error == {"type": "threatstack_bad_answer", "message": "Threat Stack: the answer is not this alert's detail"}
     assert s3.objects("alerts/") == {}
 
@@ -333,7 +333,7 @@ def test_somebody_elses_detail_is_not_archived(new_daemon, s3, api):
 def test_an_error_with_status_200_is_not_archived(new_daemon, s3, api, body):
     daemon = new_daemon(**QUICK)
     api.mode = lambda handler: handler.send(200, body)
-    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]["type"] == "threatstack_bad_answer"
+    assert error_of(daemon)["type"] == "threatstack_bad_answer"
     assert s3.objects("alerts/") == {}
 
 
@@ -390,8 +390,7 @@ def test_a_call_ends_at_its_deadline(new_daemon, s3, api, mode, type_):
     api.mode = mode
     daemon.post({"alerts": [alert(0), alert(1)]})
     until(lambda: daemon.logged(r"threatstack is held|alert-00000\d: "))
-    error = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]
-    assert error["type"] == f"threatstack_{type_}"
+    until(lambda: error_of(daemon)["type"] == f"threatstack_{type_}")
 
 
 def test_an_answer_ends_its_wait_where_waiting_makes_no_sense(new_daemon, api):
@@ -406,10 +405,10 @@ def test_an_answer_ends_its_wait_where_waiting_makes_no_sense(new_daemon, api):
 def test_the_key_in_an_upstreams_answer_is_not_passed_on(new_daemon, api):
     daemon = new_daemon(**QUICK)
     api.mode = lambda handler: handler.send(403, f"bad key {threatstack.KEY}".encode())
-    answer = json.dumps(daemon.post({"alerts": [alert(0)]})[1])
+    answer = json.dumps(error_of(daemon))
     assert "bad key ***" in answer
     api.mode = lambda handler: handler.send(403, b"x" * 480 + threatstack.KEY.encode())
-    answer += json.dumps(daemon.post({"alerts": [alert(1)]})[1])
+    answer += json.dumps(error_of(daemon, 1))
     assert threatstack.KEY[:8] not in answer
     assert threatstack.KEY not in answer
     assert TOKEN not in answer
@@ -419,9 +418,7 @@ def test_wrong_credentials_of_aws(new_daemon, s3):
     daemon = new_daemon(start=False)
     daemon.environment["AWS_SECRET_ACCESS_KEY"] = "wrong"
     daemon.start()
-    answer = daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]
-    assert answer["state"] == "queued"
-    assert "SignatureDoesNotMatch" in answer["error"]["type"]
+    assert "SignatureDoesNotMatch" in error_of(daemon)["type"]
 
 
 def test_no_credentials_of_aws(new_daemon):
@@ -430,9 +427,9 @@ def test_no_credentials_of_aws(new_daemon):
         del daemon.environment[name]
     daemon.environment["HOME"] = str(daemon.folder)
     daemon.start()
-    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]["type"] == "s3_NoCredentialsError"
+    assert error_of(daemon)["type"] == "s3_NoCredentialsError"
 
 
 def test_no_bucket(new_daemon):
     daemon = new_daemon(s3__bucket="elsewhere")
-    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]["type"] == "s3_NoSuchBucket"
+    assert error_of(daemon)["type"] == "s3_NoSuchBucket"

@@ -23,7 +23,7 @@ import boto3
 import pytest
 import threatstack
 import trustme
-from conftest import AWS, BUCKET, alert, until
+from conftest import AWS, BUCKET, alert, error_of, until
 
 import ts3d
 
@@ -462,19 +462,12 @@ def objects_of(server):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def error_of(daemon):
-    """The type of a first alert's error."""
-    daemon.post({"alerts": [alert(0)]})
-    until(lambda: daemon.logged("alert alert-000000: |is held: "))
-    return daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["error"]["type"]
-
-
 @pytest.mark.parametrize("code", [300, 301, 302, 303, 307, 308])
 def test_a_redirect_takes_the_key_nowhere(new_daemon, s3, api, code):
     elsewhere = threatstack.Faulty()
     to = [("Location", f"{elsewhere.url}/api/v1/alerts/alert-000000"), ("Refresh", f"0; url={elsewhere.url}")]
     api.mode = lambda handler: handler.send(code, b"", to)
-    assert error_of(new_daemon(server__wait="0")) == f"threatstack_{code}"
+    assert error_of(new_daemon(server__wait="0"))["type"] == f"threatstack_{code}"
     assert set(api.paths()) == {"/api/v1/alerts/alert-000000"}
     assert elsewhere.connections == []
     elsewhere.stop()
@@ -484,7 +477,7 @@ def test_a_redirect_takes_the_key_nowhere(new_daemon, s3, api, code):
 def test_s3s_redirect_takes_nothing_elsewhere(new_daemon, code):
     server, elsewhere = Bucket(), threatstack.Faulty()
     server.mode = lambda handler: handler.send(code, b"", [("Location", f"{elsewhere.url}/{BUCKET}/x")])
-    assert error_of(new_daemon(server__wait="0", s3__endpoint_url=server.url)) == f"s3_{code}"
+    assert error_of(new_daemon(server__wait="0", s3__endpoint_url=server.url))["type"] == f"s3_{code}"
     assert {path for _, path, _ in server.calls} == {f"/{BUCKET}/webhooks/2017/01/17/13/51/alert-000000"}
     assert elsewhere.connections == []
     server.stop()
