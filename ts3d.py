@@ -717,7 +717,6 @@ class Queue:
         self._taken: set[int] = set()
         self._outcomes: dict[int, Job] = {}  # jobs given back that are not on disk yet; they are in _taken too
         self._awaited = 0  # answers that wait for outcomes
-        self.putting = 0  # webhooks that wait for the disk
         self.refused: dict[str, Any] | None = None  # why webhooks are refused, as an error, with their `bytes`
         self.obstacles: list[str] = []  # what stands in the way, as JSON: written down for other processes
         self._noted: list[str] | None = None if create else []  # what is written down
@@ -851,7 +850,6 @@ class Queue:
         not queued beside any job of its id: that one writes the detail. Raises QueueError.
         """
         bytes_ = sum(len(arrival.body) for arrival in arrivals)
-        now = time.time()
 
         def run(db: sqlite3.Connection) -> list[int]:
             try:
@@ -867,25 +865,27 @@ class Queue:
                     kind = "disk_full" if str(error) == DISK_FULL else "queue_full"
                     self.refused = {"type": kind, "message": str(error), "since": since, "bytes": bytes_}
                 raise
-            return [self._put_one(db, arrival, now) for arrival in arrivals]
+            return self._put(db, arrivals)
 
-        with self._lock:
-            self.putting += 1
-        try:
-            return self._write(run)
-        finally:
-            with self._lock:
-                self.putting -= 1
+        return self._write(run)
 
-    def _put_one(self, db: sqlite3.Connection, new: Arrival, now: float) -> int:
-        sql = "SELECT number, failed FROM jobs WHERE id = ? AND (body = ? OR ?) ORDER BY failed LIMIT 1"
-        same = db.execute(sql, (new.id, new.body, new.step == "backfill")).fetchone()
-        if same:
-            if same[1]:
-                db.execute(f"{self.ANEW} AND number = ?", same[:1])
-            return int(same[0])
-        sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
-        return db.execute(sql, (new.id, new.minute, new.step, now, new.body)).lastrowid or 0
+    def _put(self, db: sqlite3.Connection, arrivals: list[Arrival]) -> list[int]:
+        sql = "SELECT id, body, number, failed FROM jobs WHERE id IN (SELECT value FROM json_each(?))"
+        rows = db.execute(sql, (json.dumps([new.id for new in arrivals]),)).fetchall()
+        known: dict[tuple[str, bytes | None], tuple[int, int]] = {}
+        for id_, body, number, failed in sorted(rows, key=lambda row: -row[3]):  # one that has not failed counts
+            known[id_, body] = known[id_, None] = number, failed
+        numbers = []
+        for new in arrivals:
+            number, failed = known.get((new.id, None if new.step == "backfill" else new.body), (0, 0))
+            if failed:
+                db.execute(f"{self.ANEW} AND number = ?", (number,))
+            elif not number:
+                sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
+                number = db.execute(sql, (new.id, new.minute, new.step, time.time(), new.body)).lastrowid or 0
+            known[new.id, new.body] = known[new.id, None] = number, 0
+            numbers.append(number)
+        return numbers
 
     def done(self, job: Job) -> None:
         """Forget a job: all of it is in S3."""
@@ -1120,6 +1120,10 @@ class Queue:
                 self._outcomes.pop(job.number, None)
         return jobs
 
+    def busy(self) -> bool:
+        """Whether webhooks wait for the disk."""
+        return self._inbox.qsize() > 1
+
     def taken(self) -> int:
         """How many jobs are taken and not given back."""
         return len(self._taken) - len(self._outcomes)
@@ -1289,13 +1293,10 @@ class UpstreamError(Exception):
 
     `scope`: "all" holds the upstream at once; "some" does when it strikes two different alerts; "alert" says that
     the upstream works and this alert is the trouble. `retry_after`: seconds. `longest` is filled in by Upstream.call:
-    the longest pause in seconds before the alert's next try, None where the upstream is held. `blames`: the upstream
-    that an outage might be of; `doubtful`: it has worked for nobody since the alert failed last.
+    the longest pause in seconds before the alert's next try, None where the upstream is held.
     """
 
     longest: float | None = LONGEST_PAUSE
-    blames: "Upstream | None" = None
-    doubtful = False
     status = 0  # HTTP's, 0 where there was no answer
 
     def __init__(self, upstream: str, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> None:
@@ -1383,9 +1384,9 @@ class Upstream:
         if (hold := self.hold) and not job.probe:
             raise hold.error.with_traceback(None)  # one that is raised again and again would keep every frame
         started, failed_at = time.monotonic(), json.loads(job.error or "{}").get("at", 0)
-        worked = self._worked > (
-            failed_at if failed_at <= started else 0
-        )  # beyond now it was before the machine's boot
+        if failed_at > started:  # before the machine's last boot, that is
+            failed_at = 0
+        worked = self._worked > failed_at
         self._calls[job.number] = started
         try:
             result = function(*args)
@@ -1407,7 +1408,6 @@ class Upstream:
 
     def _learn(self, error: UpstreamError, number: int, started: float, worked: bool = False) -> None:
         """Note a failure of a call; `worked`: since the job failed last and before it began, the upstream did."""
-        error.blames = self
         if error.scope == "alert":
             return self._succeed(started)
         now = time.monotonic()
@@ -1416,9 +1416,8 @@ class Upstream:
             if not self.hold and error.scope == "some" and (stale or self._suspect in (None, number)):
                 # Unless it has worked for others since this alert failed last (or at all), nothing says that this alert
                 # is the trouble, so it is tried again as soon as a held upstream is probed.
-                error.doubtful = not worked if stale else not self._worked or self._suspect == number
+                error.longest = LONGEST_PAUSE if worked else PROBE_PAUSE
                 if not stale:
-                    error.longest = PROBE_PAUSE if error.doubtful else LONGEST_PAUSE
                     self._suspect = number
                 return
             began = not self.hold
@@ -2236,7 +2235,7 @@ class Archiver:
     def _write_object(self, job: Job, object_: Object) -> None:
         """Get the body of one of the job's objects, and put it into S3."""
         promise(self.config.timeout + LONGEST_CALLS)
-        if self.queue.putting > 1:
+        if self.queue.busy():
             nap(0.04)  # webhooks first: what is archived a little later is on disk already
         if object_.path:
             named = None if object_.then else job.id  # only the detail says whose it is
@@ -2264,7 +2263,8 @@ class Archiver:
         job.tries += 1
         job.waited += seconds
         # An outage is no fault of the alert: the upstream must have worked since the try before, and work now.
-        if job.waited >= limit and (not error.blames or (error.blames.works() and not error.doubtful)):
+        upstream = {u.name: u for u in (self.s3, self.threatstack)}.get(error.upstream)
+        if job.waited >= limit and (not upstream or (upstream.works() and error.longest == LONGEST_PAUSE)):
             log.error("alert %s failed for good after %d tries: %s", job.id, job.tries, error)
             metrics.count("ts3d_alerts_failed_total")
             return self.queue.retry(job, now, text, True)

@@ -249,7 +249,8 @@ def archiver(tmp_path, monkeypatch):
     ("cause", "seconds", "failed"),
     [("not_found", 3500, 0), ("not_found", 3601, 1), ("500", 3601, 0), ("500", 7 * 86400 + 1, 1)],
 )
-def test_how_long_an_alert_may_fail(archiver, cause, seconds, failed):
+def test_how_long_an_alert_may_fail(archiver, monkeypatch, cause, seconds, failed):
+    monkeypatch.setattr(archiver.threatstack, "works", lambda: True)
     archiver.queue.put([ts3d.Arrival("abcd", "2017/01/17/13/51", "webhooks", b"{}")])
     (job,) = archiver.queue.take(["webhooks"], 1)
     archiver._put_off(job, archiver.threatstack.error(cause, "because"), seconds)
