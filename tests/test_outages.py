@@ -219,6 +219,7 @@ def test_an_alert_that_keeps_failing_is_set_aside_and_tried_anew_when_sent_again
     assert daemon.health()["queued"] == 0
     assert daemon.logged("alert alert-000000 failed for good after")
     daemon.stop()
+    daemon.set(server__wait="30")
     daemon.start()
     assert daemon.health()["failed"] == 1
     api.modes.clear()
