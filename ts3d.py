@@ -58,9 +58,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from email.utils import formatdate, parsedate_to_datetime
+from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 VERSION = "0.1.0"
 T = TypeVar("T")
@@ -105,18 +105,18 @@ def matching(pattern: str, meaning: str, convert: Callable[[str], Any] = str) ->
     return parse
 
 
-def number(low: float, high: float, units: dict[str, int], kind: type = int) -> Callable[[str], Any]:
+def number(low: float, high: float, units: dict[str, int]) -> Callable[[str], Any]:
     """A parser of numbers with an optional unit, within low … high in the smallest one; raises ValueError."""
+    kind, fraction, of = (float, r"(\.[0-9]{1,6})?", " seconds") if units is TIME else (int, "", "")
 
     def convert(text: str) -> Any:
         value = kind(text.rstrip("".join(units))) * units.get(text[-1], 1)
         if not low <= value <= high:
-            raise ValueError(f"not within {low:g} to {high:g}{' seconds' if units is TIME else ''}")
+            raise ValueError(f"not within {low:g} to {high:g}{of}")
         return value
 
-    pattern = r"[0-9]{1,12}(\.[0-9]{1,6})?" if kind is float else "[0-9]{1,12}"
     example = f", or one with {' '.join(units)} behind it" if units else ""
-    return matching(f"{pattern}({'|'.join(units)})?", f"a number{example}", convert)
+    return matching(f"[0-9]{{1,12}}{fraction}({'|'.join(units)})?", f"a number{example}", convert)
 
 
 TIME = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -160,9 +160,9 @@ OPTIONS = (
     Option("server", "listen", address, "127.0.0.1:8080", "HOST:PORT or [::1]:PORT to listen on"),
     Option("server", "webhook_token", words, None, "secret that a webhook must present; several, one a line", True),
     Option("server", "metrics_token", word, None, "secret for /metrics", True),
-    Option("server", "wait", number(0, 30, TIME, float), "2", "seconds an answer waits for S3; 0: not at all"),
+    Option("server", "wait", number(0, 30, TIME), "2", "seconds an answer waits for S3; 0: not at all"),
     Option("server", "max_body", number(1, 64 << 20, SIZE), "8M", "bytes of one webhook"),
-    Option("server", "request_timeout", number(0.1, 3600, TIME, float), "10", "seconds for a whole request to arrive"),
+    Option("server", "request_timeout", number(0.1, 3600, TIME), "10", "seconds for a whole request to arrive"),
     Option("server", "max_connections", number(1, 65536, {}), "1024", "connections held at once"),
     Option("server", "tls_certificate", str, None, "PEM file: serve HTTPS with this certificate chain"),
     Option("server", "tls_key", str, None, "PEM file: the certificate's key"),
@@ -172,7 +172,7 @@ OPTIONS = (
     Option("threatstack", "user_id", word, None, "Hawk's id", True),
     Option("threatstack", "organization_id", word, None, "Hawk's ext; with auth = key the Organization header"),
     Option("threatstack", "events", boolean, "yes", "with Hawk, archive contributing events too"),
-    Option("threatstack", "timeout", number(0.1, 3600, TIME, float), "30", "seconds for one call, whole"),
+    Option("threatstack", "timeout", number(0.1, 3600, TIME), "30", "seconds for one call, whole"),
     Option("s3", "bucket", bucket_name, None, "the bucket"),
     Option("s3", "prefix", key_prefix, "", "prefix of every key, without a slash at either end"),
     Option("s3", "region", word, None, "AWS region; by default where boto3 finds it"),
@@ -180,7 +180,7 @@ OPTIONS = (
     Option("queue", "path", str, None, "the SQLite file; by default in $STATE_DIRECTORY, else beside this file"),
     Option("queue", "max_size", number(1, 1 << 50, SIZE), "1G", "bytes that queued alerts may take"),
     Option("archive", "workers", number(0, 1024, {}), "16", "alerts archived at once; 0 only receives"),
-    Option("archive", "give_up_after", number(0, 10**9, TIME, float), "7d", "time that an alert may fail"),
+    Option("archive", "give_up_after", number(0, 10**9, TIME), "7d", "time that an alert may fail"),
     Option("log", "level", level, "INFO", "least level that is logged"),
 )
 PUT_OBJECT = "s3:put_object"  # this section's options are put_object's own parameters, not ts3d's
@@ -222,21 +222,17 @@ class Config(SimpleNamespace):
 
     def require(self, *names: str) -> None:
         """Raises ConfigError for the first of these options that is not set."""
-        for option in OPTIONS:
-            if option.name in names and not getattr(self, option.name):
-                where = f"{self.file}: [{option.section}] {option.name}"
-                if file := self.empty.get(option.name):
-                    raise ConfigError(f"{where}: {file} is empty: write it there")
-                variable = f" or set {ENVIRONMENT[option.name]}" if option.name in ENVIRONMENT else ""
-                raise ConfigError(f"{where} is not set: write it there{variable}")
+        for name in names:
+            if name in self.unset:
+                raise ConfigError(self.unset[name])
 
 
 def load_config(path: str) -> Config:
     """Read and check the configuration file and the environment. Raises ConfigError."""
     sections, folder = read_ini(path), os.path.dirname(os.path.abspath(path))
-    config = Config(file=path, put_object=sections.get(PUT_OBJECT, {}))
+    config = Config(file=path, put_object=sections.get(PUT_OBJECT, {}), tls=None, certificate_ends=math.inf)
     config.credentials = os.path.join(folder, os.environ.get("CREDENTIALS_DIRECTORY") or "secrets")
-    config.empty = {}  # the files, by option, that should hold a secret and do not
+    config.unset = {}  # what to say of options that are not set, where they are needed
     aws = os.path.join(config.credentials, "aws_credentials")
     # Also an empty one, and for ~/.aws/config too: commands run by hand are to find no others than the service finds.
     if os.path.exists(aws) and "AWS_SHARED_CREDENTIALS_FILE" not in os.environ:
@@ -244,32 +240,40 @@ def load_config(path: str) -> Config:
     for option in OPTIONS:
         section, variable = sections.get(option.section, {}), ENVIRONMENT.get(option.name, "")
         where, text = f"{path}: [{option.section}] {option.name}", section.get(option.name)
+        unset = f"{where} is not set: write it there" + (f" or set {variable}" if variable else "")
         if os.environ.get(variable):
             where, text = variable, os.environ[variable]
         elif (name := section.get(f"{option.name}_file")) is not None:
             if text is not None:
                 raise ConfigError(f"{where} and {option.name}_file are both set: keep one")
+            # What LoadCredential took it from.
+            unset = f"{where}: {os.path.join(folder, 'secrets', name)} is empty: write it there"
             where = f"{where}_file = {name!r}"
-            text = read_secret(where, os.path.join(config.credentials, name))
-            if text is None:
-                config.empty[option.name] = os.path.join(folder, "secrets", name)  # what LoadCredential took it from
-        if option.name == "webhook_token" and (text == "" or option.name in config.empty):  # it would open the door
+            file = os.path.join(config.credentials, name)
+            try:
+                with open(file, encoding="utf-8") as stream:
+                    text = stream.read().removesuffix("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                cause = getattr(error, "strerror", "not UTF-8")
+                raise ConfigError(f"{where}: cannot read {file}: {cause}") from None
+        if option.name == "webhook_token" and text == "":  # it would open the door
             raise ConfigError(f"{where}: empty: write a secret there, or take the line away")
         if text is None or (text == "" and option.default is None):
             text = option.default
         try:
-            value = None if text is None else option.parse(text)
+            setattr(config, option.name, None if text is None else option.parse(text))
         except ValueError as error:
             shown = "" if option.secret else f" = {text!r}"
             raise ConfigError(f"{where}{shown}: {error}") from None
-        setattr(config, option.name, value)
-        if option.secret and value:
-            SECRETS.extend(value if isinstance(value, list) else [value])
+        if not text:
+            config.unset[option.name] = unset
+        elif option.secret:
+            SECRETS.extend(text.split())
     config.base_url = config.base_url or BASE_URLS[config.auth]
     state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     config.path = os.path.join(folder, config.path or os.path.join(state, "queue.db"))
-    config.certificate_ends = math.inf
-    config.tls = load_tls(config)
+    if config.tls_certificate or config.tls_key:
+        load_tls(config)
     return config
 
 
@@ -285,52 +289,40 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
         raise ConfigError(f"{path}: {error.strerror} (-c FILE names another)") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-    except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
-        what = f"[{error.section}] {getattr(error, 'option', '')}".strip()
-        raise ConfigError(f"{path}: line {error.lineno}: {what} is there twice") from None
-    except configparser.ParsingError as error:  # its own text quotes the line, which may hold a secret
-        line = error.errors[0][0] if getattr(error, "errors", None) else getattr(error, "lineno", 1)
-        raise ConfigError(f"{path}: line {line}: not `option = value` in a [section]") from None
-    for section in parser.sections():
+    except configparser.Error as error:  # its own text may quote the line, and that hold a secret
+        line = getattr(error, "lineno", None) or getattr(error, "errors", [[1]])[0][0]
+        twice = getattr(error, "option", None) or getattr(error, "section", None)
+        what = f"{twice} is there twice" if twice else "not `option = value` in a [section]"
+        raise ConfigError(f"{path}: line {line}: {what}") from None
+    sections = {section: dict(parser[section]) for section in parser.sections()}
+    if own := next(filter(OWN_PARAMETERS.fullmatch, sections.get(PUT_OBJECT, ())), None):
+        raise ConfigError(f"{path}: [{PUT_OBJECT}] {own}: ts3d sets this itself")
+    for section, options in sections.items():
         known = [n for o in OPTIONS if o.section == section for n in (o.name, f"{o.name}_file")[: 1 + o.secret]]
         if not known and section != PUT_OBJECT:
-            sections = [PUT_OBJECT, *(option.section for option in OPTIONS)]
-            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, sections)}")
-        for name in parser[section]:
+            likely = nearest(section, [PUT_OBJECT, *(option.section for option in OPTIONS)])
+            raise ConfigError(f"{path}: unknown section [{section}]{likely}")
+        for name in options:
             if known and name not in known:
                 # What looks like no name may be a line of a secret that is not indented.
                 shown = name if re.fullmatch("[A-Za-z_]{1,30}", name) else "in a line that is not indented, or misspelt"
                 raise ConfigError(f"{path}: [{section}] unknown option {shown}{nearest(name, known)}")
-            if not known and OWN_PARAMETERS.fullmatch(name):
-                raise ConfigError(f"{path}: [{section}] {name}: ts3d sets this itself")
-    return {section: dict(parser[section]) for section in parser.sections()}
+    return sections
 
 
-def read_secret(where: str, file: str) -> str | None:
-    """The secret in a file, None where that is empty; `where` is for messages. Raises ConfigError."""
-    try:
-        with open(file, encoding="utf-8", newline="") as stream:
-            return stream.read().removesuffix("\n").removesuffix("\r") or None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: cannot read {file}: {getattr(error, 'strerror', 'not UTF-8')}") from None
-
-
-def load_tls(config: Config) -> ssl.SSLContext | None:
-    """The TLS context of tls_certificate and tls_key; None where they are not set. Raises ConfigError."""
-    if not config.tls_certificate and not config.tls_key:
-        return None
+def load_tls(config: Config) -> None:
+    """Make `tls`, the context of tls_certificate and tls_key, and note when it ends. Raises ConfigError."""
     config.require("tls_certificate", "tls_key")
     files = [os.path.join(config.credentials, name) for name in (config.tls_certificate, config.tls_key)]
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    config.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    config.tls.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(files[0], files[1], password="")  # a key with a password fails, and asks for none
+        config.tls.load_cert_chain(files[0], files[1], password="")  # a key with a password fails, and asks for none
         config.certificate_ends = certificate_ends(files[0])
     except (ssl.SSLError, OSError) as error:
         cause = getattr(error, "reason", None) or error.strerror
         where = f"{config.file}: [server] tls_certificate, tls_key: {', '.join(files)}"
         raise ConfigError(f"{where}: no readable PEM pair: {cause}") from None
-    return context
 
 
 def certificate_ends(path: str) -> float:
@@ -359,12 +351,11 @@ class LineFormatter(logging.Formatter):
 
     # journald takes the time itself, and the level as sd-daemon(3)'s prefix
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-    journal = False
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's line."""
         text = printable(redact(record.getMessage()))
-        if self.journal:
+        if in_journal():
             return f"<{self.PRIORITIES.get(record.levelname, 6)}>{text}"
         return f"{self.formatTime(record)} {record.levelname} {text}"
 
@@ -382,9 +373,8 @@ def in_journal() -> bool:
 
 def start_log(level: str) -> None:
     """Log to standard error."""
-    formatter, handler = LineFormatter(), logging.StreamHandler()
-    formatter.journal = in_journal()
-    handler.setFormatter(formatter)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter())
     # What no line says is not looked for (the logging HOWTO's "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -434,8 +424,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._samples: Samples = {}
-        self.started = time.time()
+        build = labels_text(version=VERSION, python=platform.python_version(), sqlite=sqlite3.sqlite_version)
+        self._samples: Samples = {"ts3d_build_info": {build: 1}, "process_start_time_seconds": {"": time.time()}}
         for name, (kind, _) in METRICS.items():  # a rate needs to see the 0 before the 1
             if kind == "summary":
                 self.observe(name, 0, 0)
@@ -466,10 +456,9 @@ class Metrics:
             samples = {name: dict(values) for name, values in self._samples.items()} | gauges
         lines = []
         for name, (kind, help_) in METRICS.items():
-            family = [name] if kind != "summary" else [f"{name}_sum", f"{name}_count"]
+            family = (name, f"{name}_sum", f"{name}_count")
             rows = [f"{n}{labels} {value:.15g}\n" for n in family for labels, value in samples.get(n, {}).items()]
-            if rows or kind == "counter":
-                lines += [f"# HELP {name} {help_}\n", f"# TYPE {name} {kind}\n", *rows]
+            lines += [f"# HELP {name} {help_}\n", f"# TYPE {name} {kind}\n", *rows]
         return "".join(lines)
 
 
@@ -513,8 +502,8 @@ def no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number (RFC 8259, section 6)")
 
 
-# Numbers are never converted, so that 100,000 digits cost nothing: the value of each is 0.
-JSON = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0, parse_constant=no_constant)
+# An object is a tuple of its members, also of those that are there twice. int() of 100,000 digits would take long.
+JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_int=float, parse_constant=no_constant)
 BETWEEN = re.compile(r"[ \t\n\r,:]*")  # what stands between the values of a text that is known to be JSON
 MAX_ALERTS = 10_000  # in one webhook: each costs memory here, and a place in the answer
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
@@ -526,7 +515,7 @@ YEAR_10000 = 253_402_300_800_000  # milliseconds
 
 
 def read_json(body: bytes) -> tuple[str, Any]:
-    """The text, bare of blanks, and the value of a JSON text as RFC 8259 has it, all numbers 0. Raises Malformed."""
+    """The text, bare of blanks, and the value (see `JSON`) of a JSON text as RFC 8259 has it. Raises Malformed."""
     try:
         text = body.decode()
         return text.strip(" \t\n\r"), JSON.decode(text)
@@ -558,66 +547,66 @@ def parts(text: str) -> Iterator[tuple[str, Any, str]]:
 def read_webhook(body: bytes) -> list[Arrival | Rejected]:
     """Each alert of `{"alerts": [ALERT, …]}`, or of one bare ALERT, judged by itself. Raises Malformed."""
     text, value = read_json(body)
-    if not isinstance(value, dict):
+    if not isinstance(value, tuple):
         raise Malformed("neither an object with `alerts` nor an alert")
-    if "alerts" not in value:
-        return [read_alert(text, "")]
-    if "id" in value and "created_at" in value:
+    names = [name for name, _ in value]
+    if "alerts" not in names:
+        return [read_alert(text, value, "")]
+    if "id" in names and "created_at" in names:
         raise Malformed("alerts: beside id and created_at: one alert, or many?")
-    if not isinstance(value["alerts"], list):
+    alerts = dict(value)["alerts"]
+    if not isinstance(alerts, list):
         raise Malformed("alerts: not a list")
-    if len(value["alerts"]) > MAX_ALERTS:
+    if len(alerts) > MAX_ALERTS:
         raise Malformed(f"alerts: over {MAX_ALERTS}")
-    lists = [literal for name, _, literal in parts(text) if name == "alerts"]
-    if len(lists) > 1:
+    if names.count("alerts") > 1:
         raise Malformed("alerts: there twice")
-    return [read_alert(literal, f"alerts[{i}].") for i, (_, _, literal) in enumerate(parts(lists[0]))]
+    found = enumerate(parts(literal_of(text, "alerts")))
+    return [read_alert(literal, alert, f"alerts[{i}].") for i, (_, alert, literal) in found]
 
 
-def read_alert(text: str, place: str, time_of: str = "created_at", step: str = "webhooks") -> Arrival | Rejected:
-    """One alert, given its text, what comes before its members' names in messages, and which member is its time."""
-    if not text.startswith("{"):
+def read_alert(
+    text: str, alert: Any, place: str, time_of: str = "created_at", step: str = "webhooks"
+) -> Arrival | Rejected:
+    """One alert, given its text and value, what comes before its members' names in messages, and its time's name."""
+    if not isinstance(alert, tuple):
         return Rejected(None, f"{place.rstrip('.')}: not an object")
-    found: dict[str, list[tuple[Any, str]]] = {"id": [], time_of: []}
-    for name, value, literal in parts(text):
-        if name in found:
-            found[name].append((value, literal))
-    id_ = next((value[:200] for value, _ in found["id"] if isinstance(value, str)), None)
-    for name, values in found.items():
+    ids, times = ([value for name, value in alert if name == wanted] for wanted in ("id", time_of))
+    id_ = next((value[:200] for value in ids if isinstance(value, str)), None)
+    for name, values in (("id", ids), (time_of, times)):
         if len(values) != 1:
             return Rejected(id_, f"{place}{name}: {'there twice' if values else 'missing'}")
-    ((_, id_literal),), ((created_at, literal),) = found.values()
     if id_ is None or not ALERT_ID.fullmatch(id_):
-        return Rejected(id_, f"{place}id: {excerpt(id_literal)} is not 4 to 128 of A-Z a-z 0-9 _ -")
+        return Rejected(id_, f"{place}id: {excerpt(text, 'id')} is not 4 to 128 of A-Z a-z 0-9 _ -")
     try:
-        return Arrival(id_, minute_of(created_at, literal), step, text.encode())
-    except (ValueError, OverflowError) as error:
-        return Rejected(id_, f"{place}{time_of}: {excerpt(literal)} {error}")
+        return Arrival(id_, minute_of(times[0]), step, text.encode())
+    except ValueError as error:
+        return Rejected(id_, f"{place}{time_of}: {excerpt(text, time_of)} {error}")
 
 
-def excerpt(literal: str) -> str:
-    """A JSON value as it was written, shortened for a message."""
+def literal_of(text: str, name: str) -> str:
+    """The text of the value of an object's member."""
+    return next(literal for found, _, literal in parts(text) if found == name)
+
+
+def excerpt(text: str, name: str) -> str:
+    """The value of an object's member as it was written, shortened for a message."""
+    literal = literal_of(text, name)
     return printable(literal if len(literal) <= 60 else literal[:57] + "...")
 
 
-def minute_of(value: Any, literal: str) -> str:
-    """`YYYY/MM/DD/HH/MM`, UTC, of milliseconds since the epoch or of an RFC 3339 time. Raises ValueError.
-
-    A number's `value` is 0 (`read_json`): it stands in its `literal`.
-    """
-    if type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]+", value)):
-        milliseconds = float(value or literal)  # exact up to 2^53, which is beyond the year 9999
-        if not 0 <= milliseconds < YEAR_10000:
-            raise ValueError("is not within the years 1970 to 9999")
-        when = datetime.fromtimestamp(milliseconds // 1000, timezone.utc)
+def minute_of(value: Any) -> str:
+    """`YYYY/MM/DD/HH/MM`, UTC, of milliseconds since the epoch or of an RFC 3339 time. Raises ValueError."""
+    if isinstance(value, float) or (isinstance(value, str) and re.fullmatch("[0-9]+", value)):
+        seconds = float(value) // 1000  # exact up to 2^53 ms, which is beyond the year 9999
     elif isinstance(value, str) and (match := RFC_3339.fullmatch(value)):
         # Without the seconds: a leap second's 60 (section 5.7) is unknown to datetime.
-        when = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}").astimezone(timezone.utc)
-        if when.year < 1970:
-            raise ValueError("is not within the years 1970 to 9999")
+        seconds = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}").timestamp()
     else:
         raise ValueError("is neither milliseconds since the epoch nor an RFC 3339 time")
-    return f"{when:%Y/%m/%d/%H/%M}"
+    if not 0 <= seconds < YEAR_10000 / 1000:
+        raise ValueError("is not within the years 1970 to 9999")
+    return time.strftime("%Y/%m/%d/%H/%M", time.gmtime(seconds))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1559,48 +1548,31 @@ class Wire(io.RawIOBase):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ApiHandler(urllib.request.BaseHandler):
-    """urllib's handler of http: and https: for one call, with a deadline of its own."""
+PORTS = {"http": 80, "https": 443}
 
-    def __init__(self, tls: Callable[[], ssl.SSLContext], seconds: float) -> None:
-        self.tls, self.seconds = tls, seconds
-        self.sock: socket.socket | None = None
+
+class ApiHandler(urllib.request.BaseHandler):
+    """urllib's handler of http: and https: for one call, over the `wire` that `dial` makes, and the caller closes."""
+
+    def __init__(self, dial: Callable[[str, int], Wire], tls: Callable[[], ssl.SSLContext]) -> None:
+        self.dial, self.tls = dial, tls
+        self.wire: Wire | None = None
 
     def http_open(self, request: Any) -> http.client.HTTPResponse:
-        """What urllib calls for http: and https:."""
-        url = urllib.parse.urlsplit(request.full_url)
-        headers = {**request.headers, "Host": url.netloc, "Connection": "close"}
-        connection = http.client.HTTPConnection(url.netloc)
+        """What urllib calls. Raises URLError for what fails before the request is sent, OSError, HTTPException."""
+        to, connection = urllib.parse.urlsplit(request.full_url), http.client.HTTPConnection(request.host)
         try:
-            tls = self.tls() if url.scheme == "https" else None
-            connection.sock = wire = self.dial(str(url.hostname), url.port or (443 if tls else 80), request.timeout)
+            tls = self.tls() if to.scheme == "https" else None
+            connection.sock = self.wire = wire = self.dial(str(to.hostname), to.port or PORTS[to.scheme])
             if tls:
-                self.sock = wire.sock = tls.wrap_socket(wire.arm(), server_hostname=url.hostname)
-            wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1
-            connection.request("GET", request.selector, headers=headers)
+                wire.sock = tls.wrap_socket(wire.arm(), server_hostname=to.hostname)
+            connection.request("GET", request.selector, headers={**request.headers, "Connection": "close"})
         except OSError as error:
             raise urllib.error.URLError(error) from None
+        wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1
         return connection.getresponse()
 
     https_open = http_open
-
-    def dial(self, host: str, port: int, silence: float) -> Wire:
-        """Connect, with one deadline for all of the name's addresses, from when they are known on."""
-        found = [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        deadline = time.monotonic() + self.seconds
-        while True:
-            left = max(0.001, deadline - time.monotonic())
-            try:
-                self.sock = socket.create_connection((found.pop(0), port), min(silence, left))
-                return Wire(self.sock, deadline, silence)
-            except OSError:
-                if not found:
-                    raise
-
-    def close(self) -> None:
-        """Close the call's socket: also what urllib calls when the handler is of no more use."""
-        if self.sock:
-            self.sock.close()
 
 
 def hawk(config: Config, url: str) -> str:
@@ -1609,12 +1581,11 @@ def hawk(config: Config, url: str) -> str:
     https://github.com/mozilla/hawk/blob/main/API.md. There is no body, so no hash of one.
     """
     to, now, nonce = urllib.parse.urlsplit(url), int(time.time()), secrets.token_urlsafe(9)
-    port = to.port or {"http": 80, "https": 443}[to.scheme]
-    target = to.path + (f"?{to.query}" if to.query else "")
-    lines = ("hawk.1.header", now, nonce, "GET", target, to.hostname, port, "", config.organization_id, "")
-    mac = hmac.digest(config.api_key.encode(), "\n".join(map(str, lines)).encode(), "sha256")
-    ext, signature = config.organization_id, base64.b64encode(mac).decode()
-    return f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{signature}"'
+    ext, port = config.organization_id, to.port or PORTS[to.scheme]
+    lines = ("hawk.1.header", now, nonce, "GET", f"/{url.split('/', 3)[3]}", to.hostname, port, "", ext, "")
+    digest = hmac.digest(config.api_key.encode(), "\n".join(map(str, lines)).encode(), "sha256")
+    mac = base64.b64encode(digest).decode()
+    return f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{mac}"'
 
 
 class ThreatStack(Upstream):
@@ -1622,14 +1593,13 @@ class ThreatStack(Upstream):
 
     name, title = "threatstack", "Threat Stack"
     MAX_BODY = 32 << 20  # bytes of an answer
-    MAX_SKEW = 60  # seconds that Hawk's clocks may differ
+    MAX_SKEW = 60  # seconds that Hawk's clocks may differ, and that `check` lets all differ
     CAUSES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 429: "rate_limited"}
+    UNAUTHORIZED = {
+        "key": "is [threatstack] api_key right? One of API v1, that is: one of v2 takes auth = hawk",
+        "hawk": "are [threatstack] user_id, api_key and organization_id right, and of API v2? A key of v1: auth = key",
+    }
     REFUSALS: tuple[Refused, ...] = (
-        (
-            "^unauthorized:",
-            "all",
-            "is [threatstack] api_key right? One of API v1, that is: one of v2 takes auth = hawk",
-        ),
         ("^clock:", "all", "set this machine's clock right, by NTP for example: Hawk allows it a minute"),
         ("^forbidden:", "some", "may [threatstack] api_key read alerts?"),
         ("^not_found:", "alert", "not there yet, or is [threatstack] base_url right?"),
@@ -1639,15 +1609,11 @@ class ThreatStack(Upstream):
         *Upstream.BAD_CERTIFICATE,
         ("^unreachable:", None, "is [threatstack] base_url right, and does this machine reach it?"),
     )
-    HAWK_REFUSED = (
-        "are [threatstack] user_id, api_key and organization_id right, and of API v2? A key of v1: auth = key"
-    )
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        if config.auth == "hawk":
-            self.REFUSALS = (("^unauthorized:", "all", self.HAWK_REFUSED), *self.REFUSALS)
+        self.REFUSALS = (("^unauthorized:", "all", self.UNAUTHORIZED[config.auth]), *self.REFUSALS)
         # While Threat Stack hangs, some workers must be left for webhooks, which need only S3.
         self.seats = max(1, config.workers - max(1, config.workers // 8))
         # A call that hangs must not keep its alert for the whole of a long time-out once Threat Stack is back.
@@ -1656,50 +1622,52 @@ class ThreatStack(Upstream):
         self.tls = functools.lru_cache(1)(ssl.create_default_context)
 
     def get(self, path: str, id_: str | None = None) -> bytes:
-        """The API's answer to GET `path`, checked to be JSON and no error, and to be of alert `id_` where one is named.
-
-        Raises UpstreamError.
-        """
+        """The answer to GET `path`: JSON, no error, and of alert `id_` where one is named. Raises UpstreamError."""
         body = self._fetch(self.config.base_url + path)
         try:
             _, value = read_json(body)
         except Malformed as error:
             raise self.error("bad_answer", f"the answer is {error}") from None
-        members = value if isinstance(value, dict) else {}
-        if id_ and (members is not value or members.get("id", id_) != id_):
+        members = dict(value) if isinstance(value, tuple) else {}
+        if id_ and (not members or members.get("id", id_) != id_):
             raise self.error("bad_answer", "the answer is not this alert's detail")
-        if not isinstance(value, (dict, list)):
-            raise self.error("bad_answer", "the answer is neither an object nor a list")
-        is_error = members.get("errors") or members.get("status") == "error"
-        if path.endswith("/events") and "token" in members and members["token"] is not None:
+        is_error = "id" not in members and (members.get("errors") or members.get("status") == "error")
+        if is_error or not (members or isinstance(value, list)):
+            raise self.error("bad_answer", "the answer is nothing, or an error with status 200")
+        if path.endswith("/events") and members.get("token") is not None:
             log.warning("%s: there are more events than the API gives at once; the first are archived", path)
-        if value == {} or ("id" not in members and is_error):
-            raise self.error("bad_answer", "the answer is an error with status 200")
         return body
 
     def _fetch(self, url: str) -> bytes:
         """The body of the 200 to GET `url`. Raises UpstreamError."""
-        with self.logged(f"GET {url}") as said:
-            body = self._call(url)
-            said.append(f"200 bytes={len(body)}")
-            return body
-
-    def _call(self, url: str) -> bytes:
         headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Authorization": self.config.api_key}
         if self.config.auth == "hawk":
             headers["Authorization"] = hawk(self.config, url)
         elif self.config.organization_id:
             headers["Organization"] = self.config.organization_id
-        request, sent = urllib.request.Request(url, headers=headers), time.time()
+        sent = time.time()
+        with self.logged(f"GET {url}") as said:
+            response, body = self._exchange(url, headers)
+            self.clocks = (time.time(), response.headers.get("Date", ""))
+            if response.status != 200:
+                raise self._refusal(response, body, sent)
+            if len(body) > self.MAX_BODY:
+                raise self.error("bad_answer", f"an answer of over {self.MAX_BODY} bytes")
+            if response.length:  # read(n) returns what came where the peer closed early
+                raise self.error("broken_off", f"the answer broke off {response.length} bytes before its end")
+            said.append(f"200 bytes={len(body)}")
+            return body
+
+    def _exchange(self, url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
+        """The answer to GET `url`, whatever it is, and as much of its body as is taken. Raises UpstreamError."""
         # An opener with this handler alone: no redirect is followed (the key would leave with it), no proxy of the
         # environment obeyed, no file: opened, and an error status is an answer like any other.
-        opener = urllib.request.OpenerDirector()
+        opener, handler = urllib.request.OpenerDirector(), ApiHandler(self._dial, self.tls)
+        opener.add_handler(handler)
         try:
-            with contextlib.closing(ApiHandler(self.tls, self.config.timeout)) as handler:
-                opener.add_handler(handler)
-                response = opener.open(request, timeout=self.silence)
-                body: bytes = response.read(self.MAX_BODY + 1)
-        except urllib.error.URLError as error:  # urllib wraps what fails before the request is sent
+            response = opener.open(urllib.request.Request(url, headers=headers))
+            return response, response.read(self.MAX_BODY + 1)
+        except urllib.error.URLError as error:
             self.tls.cache_clear()  # it may be mended by a certificate that is added to the system's
             said = f"{self.config.base_url} cannot be reached: {error.reason}"
             raise self.error("unreachable", said, "all") from None
@@ -1708,37 +1676,39 @@ class ThreatStack(Upstream):
             raise self.error("timeout", f"no whole answer within {limits}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of size -2
             raise self.error("broken_off", f"the answer broke off: {error}") from None
-        self.clocks = (time.time(), response.headers.get("Date", ""))
-        if response.status != 200:
-            raise self._refusal(response, body, sent)
-        if len(body) > self.MAX_BODY:
-            raise self.error("bad_answer", f"an answer of over {self.MAX_BODY} bytes")
-        if response.length:  # read(n) returns what came where the peer closed early
-            raise self.error("broken_off", f"the answer broke off {response.length} bytes before its end")
-        return body
+        finally:
+            if handler.wire:
+                handler.wire.sock.close()
+
+    def _dial(self, host: str, port: int) -> Wire:
+        """Connect, with one deadline for all of the name's addresses, from when they are known on. Raises OSError."""
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        deadline = time.monotonic() + self.config.timeout
+        while True:
+            family, kind, protocol, _, address = found.pop(0)
+            wire = Wire(socket.socket(family, kind, protocol), deadline, self.silence)
+            try:
+                wire.arm().connect(address)
+                return wire
+            except OSError:
+                wire.sock.close()
+                if not found:
+                    raise
 
     def _refusal(self, response: http.client.HTTPResponse, body: bytes, sent: float) -> UpstreamError:
         """What an answer that is no 200 means, to a request that was signed at `sent`."""
         cause = self.CAUSES.get(response.status, str(response.status))
         said = f"{response.status} {body[:4000].decode(errors='replace')}"
         if response.status == 401 and self.config.auth == "hawk":
-            skew = self._clock_of(response.headers) - int(sent)
-            stale = "stale" in f"{response.headers.get_all('WWW-Authenticate')} {said}".lower()
-            if abs(skew) >= (1 if stale else self.MAX_SKEW):  # NaN is not
-                cause, said = "clock", f"it is {abs(skew):.0f} s {'slow' if skew > 0 else 'fast'}: {said}"
+            # The server's clock by Hawk's own word, or by HTTP's date.
+            challenges = ", ".join(response.headers.get_all("WWW-Authenticate", []))
+            match = re.search(r'(?i)\bHawk (?:.*[ ,])?ts="([0-9]{1,12})', challenges)
+            ahead = int(sent) - float(match[1]) if match else self.skew() or 0.0
+            if abs(ahead) >= (1 if "stale" in f"{challenges} {said}".lower() else self.MAX_SKEW):
+                cause, said = "clock", f"it is {abs(ahead):.0f} s {'fast' if ahead > 0 else 'slow'}: {said}"
         error = self.error(cause, said, retry_after=retry_after(response.headers))
         error.status = response.status
         return error
-
-    @staticmethod
-    def _clock_of(headers: Any) -> float:
-        """What the server's clock says (seconds since the epoch), by Hawk's own word or by HTTP's date; else NaN."""
-        challenges = ", ".join(headers.get_all("WWW-Authenticate", []))
-        if match := re.search(r'(?i)\bHawk (?:.*[ ,])?ts="([0-9]{1,12})', challenges):
-            return float(match[1])
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            return float(calendar.timegm(parsedate_to_datetime(headers.get("Date", "")).utctimetuple()))
-        return math.nan
 
     def check(self) -> str:
         """Ask for a list of one alert; of version 2, whether the signature is right, and for the last day's."""
@@ -1766,16 +1736,16 @@ class S3(Upstream):
     name, title = "s3", "S3"
     HEADS = 8  # objects that backfill looks for at once
     CREDENTIALS = (
-        *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
-        *("ProfileNotFound", "ConfigParseError", "InvalidConfigError"),
-        *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "InvalidClientTokenId"),
-    )
+        "NoCredentialsError PartialCredentialsError CredentialRetrievalError ProfileNotFound ConfigParseError "
+        "InvalidConfigError InvalidAccessKeyId SignatureDoesNotMatch InvalidToken ExpiredToken InvalidClientTokenId"
+    ).split()
     REFUSALS: tuple[Refused, ...] = (
+        ("^(ReadTimeoutError|ConnectionClosedError|ResponseStreamingError|IncompleteReadError):", "some", ""),
         (f"^({'|'.join(CREDENTIALS)}):", "all", "are the credentials right where boto3 looks for them?"),
         ("^(NoSuchBucket|InvalidBucketName):", "all", "is [s3] bucket right?"),
         ("^RequestTimeTooSkewed:|request time and", "all", "is this machine's clock right?"),
         (
-            "^(AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraintException|30[12378]):",
+            "^(AuthorizationHeader|PermanentRedirect|IllegalLocation|30[12378])",
             "all",
             "are [s3] region and endpoint_url right?",
         ),
@@ -1804,10 +1774,8 @@ class S3(Upstream):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
-        more = (
-            action for name, action in self.PERMISSIONS.items() if any(re.fullmatch(name, n) for n in config.put_object)
-        )
+        self.config, parameters = config, " ".join(config.put_object)
+        more = (action for name, action in self.PERMISSIONS.items() if re.search(rf"\b({name})\b", parameters))
         needs = f"it takes {', '.join(('s3:PutObject', *more))} on {config.bucket}/{self.key('*')}, and its KMS key's"
         self.REFUSALS = (("^(AccessDenied|403):(?!.*request time and)", "some", needs), *self.REFUSALS)
         self._client: Any = None
@@ -1816,26 +1784,23 @@ class S3(Upstream):
         self._connecting = threading.Lock()
 
     def client(self) -> Any:
-        """The process's one client, made at first use: boto3 takes longer to import than all the rest to start.
-
-        Raises ConfigError for what botocore's model says of [s3:put_object], and UpstreamError.
-        """
+        """The one client, made at first use. Raises UpstreamError, and ConfigError for a wrong [s3:put_object]."""
         with self._connecting:  # making a client is not thread-safe, using one is
-            if not self._client:
+            client = self._client
+            if not client:
                 client, _ = self._connect("s3", self.config.region, self.config.endpoint_url)
                 # A round trip saved, and a second where a server ignores it.
                 client.meta.events.register("before-sign.s3.PutObject", without_expect)
                 client.meta.events.register("before-call.s3.HeadBucket", without_region)
                 self._extra = self._parameters(client)
                 self._client = client
-            return self._client
+            return client
 
     def _connect(self, service: str, region: str | None, endpoint_url: str | None) -> tuple[Any, Any]:
         """A client of boto3's, and the credentials that it found, None for none. Raises ConfigError, UpstreamError."""
         try:
             import boto3
             import botocore.config
-            import botocore.exceptions
         except ImportError as error:
             raise ConfigError(f"boto3 cannot be imported: {error}") from None
         except OSError as error:  # files are used up, or the disk fails
@@ -1847,13 +1812,37 @@ class S3(Upstream):
             retries={"mode": "standard", "total_max_attempts": 2},  # the queue does the rest
         )
         try:
-            session = boto3.session.Session()
-            client = session.client(service, region_name=region, endpoint_url=endpoint_url, config=config)
-            return client, session.get_credentials()
-        except (botocore.exceptions.BotoCoreError, OSError) as error:
-            raise self.error(type(error).__name__, str(error), "all") from None
+            with self._errors():
+                session = boto3.session.Session()
+                client = session.client(service, region_name=region, endpoint_url=endpoint_url, config=config)
+                return client, session.get_credentials()
         except ValueError as error:
             raise ConfigError(f"{self.config.file}: [s3] {error}") from None
+
+    @contextlib.contextmanager
+    def _errors(self, region: str | None = None) -> Iterator[None]:
+        """Raises what boto3 raises as UpstreamError; `region` is the client's."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
+
+        try:
+            yield
+        except (BotoCoreError, ClientError, ResponseParserError, OSError) as error:
+            answer = error.response if isinstance(error, ClientError) else {}
+            metadata, problem, said = answer.get("ResponseMetadata", {}), answer.get("Error", {}), str(error)
+            status = metadata.get("HTTPStatusCode", 0)
+            cause = str(problem.get("Code") or status or type(error).__name__)
+            if cause in self.CREDENTIALS:
+                self._client = None  # botocore reads credentials from a file but once
+            headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
+            if headers:
+                self.clocks = (time.time(), headers.get("Date", ""))
+            right = headers.get("X-Amz-Bucket-Region") or problem.get("Region")
+            if right and region and right != region:
+                said = f"the bucket is in {right}: set [s3] region = {right}. {said}"
+            refusal = self.error(cause, said, "all" if status in (0, 401, 429) else "some", retry_after(headers))
+            refusal.status = status
+            raise refusal from None
 
     def _parameters(self, client: Any) -> dict[str, Any]:
         """[s3:put_object] with the types of botocore's model. Raises ConfigError."""
@@ -1905,33 +1894,29 @@ class S3(Upstream):
 
     def exists(self, name: str) -> bool:
         """Whether an object is there. Raises UpstreamError, ConfigError."""
-        client = self.client()
+        client, key = self.client(), self.key(name)
         members = client.meta.service_model.operation_model("HeadObject").input_shape.members
         # What an object was written with, such as a customer's key, it may take for reading too; but no condition.
         extra = {k: value for k, value in self._extra.items() if k in members and not k.startswith("If")}
         try:
-            self._ask("head_object", Key=self.key(name), **extra)
+            self._ask("head_object", Key=key, **extra)
             return True
         except UpstreamError as error:
             if error.status not in (400, 403, 404):
                 raise
-            head = error
+            head = reason = error
         # An answer to HEAD has no body that would give the reason: one to a list does. 400 may be expired credentials.
-        reason: UpstreamError | None = None
         if head.status != 404 or not self._bucket_is_there:
             try:
-                self._ask("list_objects_v2", MaxKeys=1, Prefix=self.key(name))
+                self._ask("list_objects_v2", MaxKeys=1, Prefix=key)
             except UpstreamError as error:
                 reason = error
-        if reason and reason.type == "s3_NoSuchBucket":
-            raise reason
-        if head.status == 404:
+        if head.status == 404 and reason.cause != "NoSuchBucket":
             self._bucket_is_there = True
             return False
-        if head.status == 400:
-            raise reason or head
-        other = reason and 400 <= reason.status < 500 and reason.type not in ("s3_AccessDenied", "s3_403")
-        raise reason if reason and other else self._unreadable(client)
+        if head.status == 403 and (reason.cause in ("AccessDenied", "403") or not 400 <= reason.status < 500):
+            raise self._unreadable(client)
+        raise reason
 
     def _unreadable(self, client: Any) -> UpstreamError:
         """What to say where objects may not be looked for: the least policy with which they may."""
@@ -1949,50 +1934,13 @@ class S3(Upstream):
 
     def _ask(self, operation: str, **parameters: Any) -> Any:
         """The answer to this operation on the bucket. Raises UpstreamError, ConfigError."""
-        client = self.client()
-        with self.logged(f"{operation} {self.config.bucket}/{parameters.get('Key', '')}") as said:
-            answer = self._call(client, operation, Bucket=self.config.bucket, **parameters)
+        client, place = self.client(), f"{self.config.bucket}/{parameters.get('Key', '')}"
+        with self.logged(f"{operation} {place}") as said, self._errors(client.meta.region_name):
+            answer = getattr(client, operation)(Bucket=self.config.bucket, **parameters)
             metadata = answer["ResponseMetadata"]
             said.append(f"{metadata.get('HTTPStatusCode')} request={metadata.get('RequestId')}")
             self.clocks = (time.time(), metadata.get("HTTPHeaders", {}).get("date", ""))
             return answer
-
-    def _call(self, client: Any, operation: str, **parameters: Any) -> Any:
-        import botocore.exceptions
-        import botocore.parsers
-
-        try:
-            return getattr(client, operation)(**parameters)
-        except botocore.exceptions.ClientError as error:
-            metadata, problem = error.response.get("ResponseMetadata", {}), error.response.get("Error", {})
-            status = metadata.get("HTTPStatusCode", 0)
-            code, said = str(problem.get("Code") or status), str(error)
-            self._forget(client, code)
-            headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
-            self.clocks = (time.time(), headers.get("Date", ""))
-            region = headers.get("X-Amz-Bucket-Region") or problem.get("Region")
-            if region and region != client.meta.region_name:
-                said = f"the bucket is in {region}: set [s3] region = {region}. {said}"
-            scope = "all" if status in (401, 429) else "some"
-            refusal = self.error(code, said, scope, retry_after(headers))
-            refusal.status = status
-            raise refusal from None
-        except (botocore.exceptions.BotoCoreError, botocore.parsers.ResponseParserError, OSError) as error:
-            passing = (
-                botocore.exceptions.ReadTimeoutError,
-                botocore.exceptions.ConnectionClosedError,
-                botocore.exceptions.ResponseStreamingError,
-                botocore.exceptions.IncompleteReadError,
-            )
-            scope = "some" if isinstance(error, passing) else "all"
-            self._forget(client, type(error).__name__)
-            raise self.error(type(error).__name__, str(error), scope) from None
-
-    def _forget(self, client: Any, cause: str) -> None:
-        """Have the next call make a client of its own: botocore reads credentials from a file but once."""
-        with self._connecting:
-            if cause in self.CREDENTIALS and self._client is client:
-                self._client = None
 
     def identity(self) -> str:
         """Whose credentials boto3 finds, and where. Raises UpstreamError, ConfigError.
@@ -2002,7 +1950,8 @@ class S3(Upstream):
         client, found = self._connect("s3", self.config.region, self.config.endpoint_url)
         if not found:
             raise self.error("NoCredentialsError", "boto3 finds no credentials")
-        keys = self._call(found, "get_frozen_credentials")  # it may ask AWS for them
+        with self._errors():
+            keys = found.get_frozen_credentials()  # it may ask AWS for them
         wrong = ""
         if re.fullmatch("A[KS]IA[A-Z0-9]{16}", keys.secret_key):
             wrong = "has the access key's id for its secret: the two are swapped"
@@ -2016,9 +1965,9 @@ class S3(Upstream):
         own = None if aws or "AWS_ENDPOINT_URL_STS" in os.environ else endpoint
         sts, _ = self._connect("sts", client.meta.region_name, own)
         try:
-            with self.logged("get_caller_identity") as outcome:
-                who = self._call(sts, "get_caller_identity").get("Arn") or "nobody"
-                outcome.append(who)
+            with self.logged("get_caller_identity") as said, self._errors():
+                who = sts.get_caller_identity().get("Arn") or "nobody"
+                said.append(who)
         except UpstreamError as error:
             if aws and error.cause in self.CREDENTIALS:
                 raise
@@ -2283,13 +2232,11 @@ class Archiver:
 WEBHOOKS = "/api/v1/s3/alert"
 ALL_BODIES = 64 << 20  # bytes of all bodies that are being received
 HEAD_BYTES, HEAD_LINES = 64 << 10, 100
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n")
+FIELD_LINE = re.compile(rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*))?\r\n")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
-
-
-http_date = functools.lru_cache(1)(functools.partial(formatdate, usegmt=True))
+Answer = tuple[int, dict[str, Any] | str, dict[str, str]]  # status, what it says (a dict as JSON), headers
 
 
 class Refusal(Exception):
@@ -2297,8 +2244,8 @@ class Refusal(Exception):
 
     def __init__(self, status: int, kind: str, text: str, headers: dict[str, str] | None = None, **more: Any) -> None:
         super().__init__(text)
-        self.status, self.headers = status, headers or {}
-        self.payload = {"success": False, "error": {"type": kind, "message": text}, **more}
+        payload = {"success": False, "error": {"type": kind, "message": text}, **more}
+        self.answer: Answer = (status, payload, headers or {})
 
 
 class Connection(Wire):
@@ -2323,13 +2270,12 @@ def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int
     host, port = config.listen
     where = f"{config.file}: [server] listen = {host}:{port}"
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError(f"{where}: {error.strerror or error}") from None
-    first = min(found, key=lambda entry: entry[0] == socket.AF_INET6)  # localhost is 127.0.0.1, as elsewhere
-    ip = str(first[4][0])
-    require_token(config, where, ip)
-    return first[0], (ip, port)
+        raise ConfigError(f"{where}: {error.strerror}") from None
+    family, *_, address = min(found, key=lambda entry: entry[0] == socket.AF_INET6)  # localhost is 127.0.0.1
+    require_token(config, where, str(address[0]))
+    return family, (str(address[0]), port)
 
 
 def require_token(config: Config, where: str, ip: str) -> None:
@@ -2340,7 +2286,7 @@ def require_token(config: Config, where: str, ip: str) -> None:
 
 def is_loopback(ip: str) -> bool:
     """Whether an address is this machine's own, also where IPv6 carries IPv4."""
-    found = ipaddress.ip_address(ip.partition("%")[0])
+    found = ipaddress.ip_address(ip)
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
@@ -2349,15 +2295,12 @@ def listen(config: Config) -> list[socket.socket]:
     sockets = handed_sockets(config)
     if not sockets:
         family, address = listen_address(config)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # [::] takes IPv4 too
         try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
-            sock.bind(address)
-            sock.listen(1024)
+            sockets = [socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)]
         except OSError as error:
             where = "{}: [server] listen = {}:{}".format(config.file, *config.listen)
-            raise ConfigError(f"{where}: {error.strerror or error}") from None
-        sockets = [sock]
+            raise ConfigError(f"{where}: {os.strerror(error.errno or 0)}") from None
     for sock in sockets:
         sock.setblocking(False)  # a client that left before `accept` must not block it
     return sockets
@@ -2367,9 +2310,8 @@ def shown_address(sock: socket.socket, scheme: str) -> str:
     """Where a socket listens, as a URL; a Unix socket as `unix:PATH`."""
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
-        return "unix:" + (name.decode(errors="replace").replace("\0", "@", 1) if isinstance(name, bytes) else name)
-    host = f"[{name[0]}]" if ":" in name[0] else name[0]
-    return f"{scheme}://{host}:{name[1]}"
+        return "unix:" + os.fsdecode(name).replace("\0", "@", 1)
+    return f"{scheme}://[{name[0]}]:{name[1]}" if ":" in name[0] else f"{scheme}://{name[0]}:{name[1]}"
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
@@ -2496,8 +2438,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     rfile: io.BufferedReader
     wfile: io.BytesIO
 
-    # Reading ---------------------------------------------------------------------------------------------------------
-
     def setup(self) -> None:
         """Shake hands where TLS is spoken, and make the files."""
         # A Unix socket's client has no address, or has bound one: text or bytes.
@@ -2510,62 +2450,54 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read a request, answer it, log it."""
-        self.close_connection = True
+        self.close_connection = self.unread = True  # there may be more of this request to come
         self.command, self.path, self.target, self.note = "-", "-", "-", ""
-        self.id = secrets.token_hex(8)
-        self.unread = True  # there may be more of this request to come
         try:
             if not self.rfile.peek(1):
                 return
         except (OSError, ValueError):  # idle for too long, or gone
             return
-        started = self.started = time.monotonic()
-        self.request.deadline, self.request.begun = started + self.server.config.request_timeout, True
-        refusal: Refusal | None = None
-        payload: dict[str, Any] | str = ""
+        self.id, self.started = secrets.token_hex(8), time.monotonic()
+        self.request.deadline, self.request.begun = self.started + self.server.config.request_timeout, True
         try:
             self.read_head()
-            payload = self.route()
-        except Refusal as error:
-            refusal = error.with_traceback(None)  # its frames hold the body
-        except TimeoutError:
-            refusal = Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
-        except OSError as error:  # the client is gone
-            refusal = Refusal(0, "gone", str(error))
-            self.close_connection = True  # what it sent of its body is not the next request
+            answer: Answer = (200, self.route(), {})
         except Exception as error:  # a bug too is answered, and the daemon lives
-            log.error("internal error: request=%s %s", self.id, describe(error))
-            refusal = Refusal(500, "internal", f"internal error: the log has more, with {self.id}")
-        status, headers = 200, {}
-        if refusal:
-            status, payload, headers = refusal.status, refusal.payload, refusal.headers
-            self.note += f" error={refusal}"
+            answer = self.refusal(error)
+        status, path = answer[0], self.path.partition("?")[0][:200]  # the query may hold the token
         if status and self.target == WEBHOOKS:
             metrics.count("ts3d_webhooks_total", status=status)
-        path = self.path.partition("?")[0][:200]  # the query may hold the token
         said = f"{self.command} {path} {status or '-'} request={self.id} client={self.client}{self.note}"
         priority = logging.WARNING if status >= 500 else logging.INFO
-        log.log(priority, "%s seconds=%.3f", said, time.monotonic() - started)
+        log.log(priority, "%s seconds=%.3f", said, time.monotonic() - self.started)
         if status:
-            self.answer(status, payload, headers)  # last: who reads its id finds it in the log
+            self.answer(*answer)  # last: who reads its id finds it in the log
+
+    def refusal(self, error: Exception) -> Answer:
+        """What is answered where a request ends with an error; status 0 where nobody is there to be answered."""
+        if isinstance(error, TimeoutError):
+            error = Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
+        elif isinstance(error, OSError):  # the client is gone, and what it sent of its body is not the next request
+            self.close_connection, error = True, Refusal(0, "gone", str(error))
+        elif not isinstance(error, Refusal):
+            log.error("internal error: request=%s %s", self.id, describe(error))
+            error = Refusal(500, "internal", f"internal error: the log has more, with {self.id}")
+        self.note += f" error={error}"
+        return error.answer
+
+    # Reading ---------------------------------------------------------------------------------------------------------
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal."""
-        # One empty line before a request is passed over (RFC 9112, section 2.2).
-        first = self.read_line(HEAD_BYTES) or self.read_line(HEAD_BYTES)
-        match = REQUEST_LINE.fullmatch(first)
-        if not match:
-            raise Refusal(400, "malformed_request", "the request line is not METHOD TARGET HTTP/1.1")
-        self.command, self.path = match[1].decode(), match[2].decode()
+        wrong = "the request line is not METHOD TARGET HTTP/1.1"
+        if self.rfile.peek(1)[:1] == b"\r":  # one empty line before it is passed over (RFC 9112, section 2.2)
+            self.read_line(FIELD_LINE, HEAD_BYTES, wrong)
+        line = self.read_line(REQUEST_LINE, HEAD_BYTES, wrong)
+        self.command, self.path, minor = (part.decode() for part in line.groups())
         # absolute-form (RFC 9112, section 3.2.2)
         self.target = re.sub("(?i)^https?://[^/?]*", "", self.path).partition("?")[0]
-        self.fields: dict[str, list[str]] = {}
-        for line in self.read_lines(HEAD_BYTES - len(first)):
-            field = HEADER_LINE.fullmatch(line)
-            if not field:  # also a folded line, or a blank before the colon (RFC 9112, sections 5.1 and 5.2)
-                raise Refusal(400, "malformed_request", "a header line is malformed")
-            self.fields.setdefault(field[1].decode().lower(), []).append(field[2].strip(b" \t").decode("latin-1"))
-        http_1_1 = match[3] != b"0"
+        self.fields = self.read_fields(HEAD_BYTES - len(line[0]))
+        http_1_1 = minor != "0"
         if not http_1_1:
             self.fields.pop("expect", None)  # RFC 9110, section 10.1.1
         hosts = self.fields.get("host", [] if http_1_1 else [""])
@@ -2582,40 +2514,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
         options = ",".join(self.fields.get("connection", ())).lower().split(",")
         self.close_connection = not http_1_1 or "close" in (option.strip() for option in options)
 
-    def read_lines(self, left: int = HEAD_BYTES) -> list[bytes]:
-        """The lines up to an empty one, without their CRLF, `left` bytes at most. Raises Refusal."""
-        lines: list[bytes] = []
-        while line := self.read_line(left):
-            lines.append(line)
-            left -= len(line)
-            if len(lines) > HEAD_LINES:
-                raise Refusal(431, "head_too_large", f"over {HEAD_LINES} lines of headers")
-        return lines
+    def read_fields(self, left: int = HEAD_BYTES) -> dict[str, list[str]]:
+        """Headers or trailers, `left` bytes at most: values by name, in lower case. Raises Refusal."""
+        fields: dict[str, list[str]] = {}
+        for _ in range(HEAD_LINES + 1):
+            # Neither a folded line nor a blank before the colon matches (RFC 9112, sections 5.1 and 5.2).
+            line = self.read_line(FIELD_LINE, left, "a header line is malformed")
+            if not line[1]:
+                return fields
+            left -= len(line[0])
+            fields.setdefault(line[1].decode().lower(), []).append(line[2].strip(b" \t").decode("latin-1"))
+        raise Refusal(431, "head_too_large", f"over {HEAD_LINES} lines of headers")
 
-    def read_line(self, limit: int) -> bytes:
-        """One line without its CRLF. Raises Refusal."""
-        line = self.rfile.readline(limit + 2)
-        if line.endswith(b"\r\n"):
-            return line[:-2]
-        if len(line) >= limit + 2:
-            raise Refusal(431, "head_too_large", f"over {HEAD_BYTES} bytes of headers")
+    def read_line(self, pattern: re.Pattern[bytes], limit: int, wrong: str) -> re.Match[bytes]:
+        """A line that matches, CRLF included; `wrong` says that it does not. Raises Refusal."""
+        line = self.rfile.readline(limit)
+        if match := pattern.fullmatch(line):
+            return match
         if line.endswith(b"\n"):
-            raise Refusal(400, "malformed_request", "a line does not end with CRLF")
+            raise Refusal(400, "malformed_request", wrong)
+        if len(line) == limit:
+            raise Refusal(431, "head_too_large", f"over {HEAD_BYTES} bytes of headers")
         raise ConnectionResetError("closed in the middle of a request")
 
     @contextlib.contextmanager
     def body(self) -> Iterator[bytes]:
         """The request's body, counted among all that are being received until the caller has done. Raises Refusal."""
         server, limit, body, held = self.server, self.server.config.max_body, io.BytesIO(), 0
-        too_large = Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
-        if (self.length or 0) > limit:
-            raise too_large
-        if "100-continue" in (field.lower() for field in self.fields.get("expect", ())) and self.unread:
+        expects = "100-continue" in map(str.lower, self.fields.get("expect", ()))
+        if expects and self.unread and (self.length or 0) <= limit:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        chunk = functools.partial(self.read_line, CHUNK_LINE, 4096, "a chunk's size is malformed")
         try:
-            while n := self.chunk_size() if self.length is None else self.length - held:
+            while n := int(chunk()[1], 16) if self.length is None else self.length - held:
                 if held + n > limit:
-                    raise too_large
+                    raise Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
                 with server.lock:
                     if server.receiving + n > ALL_BODIES:
                         raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
@@ -2625,8 +2558,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise ConnectionResetError("closed in the middle of a body")
                 if self.length is None and self.rfile.read(2) != b"\r\n":
                     raise Refusal(400, "malformed_request", "a chunk is longer than its size")
-            if self.length is None and not all(HEADER_LINE.fullmatch(line) for line in self.read_lines()):
-                raise Refusal(400, "malformed_request", "a trailer is malformed")
+            if self.length is None:
+                self.read_fields()  # trailers
             self.unread = False
             self.request.since = math.inf
             yield body.getvalue()
@@ -2634,33 +2567,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with server.lock:
                 server.receiving -= held
 
-    def chunk_size(self) -> int:
-        """The next chunk's bytes, 0 after the last. Raises Refusal."""
-        match = CHUNK_LINE.fullmatch(self.read_line(4096))
-        if not match:
-            raise Refusal(400, "malformed_request", "a chunk's size is malformed")
-        return int(match[1], 16)
-
     # Answering -------------------------------------------------------------------------------------------------------
 
     def route(self) -> dict[str, Any] | str:
         """What the answer to this request says. Raises Refusal."""
-        routes: dict[str, tuple[str, Callable[[], dict[str, Any] | str]]] = {
-            WEBHOOKS: ("POST", self.webhook),
-            "/healthz": ("GET", self.health),
-            "/metrics": ("GET", self.show_metrics),
-        }
-        method, function = routes.get(self.target, ("", None))
-        if function is None:
+        routes: dict[str, Callable[[], dict[str, Any] | str]]
+        routes = {WEBHOOKS: self.webhook, "/healthz": self.health, "/metrics": self.show_metrics}
+        if self.target not in routes:
             raise Refusal(404, "not_found", f"there is nothing here; webhooks go to {WEBHOOKS}")
-        if self.command != method and not (method == "GET" and self.command == "HEAD"):
-            allow = "GET, HEAD" if method == "GET" else method
+        allow = "POST" if self.target == WEBHOOKS else "GET, HEAD"
+        if self.command not in allow.split(", "):
             raise Refusal(405, "method_not_allowed", f"only {allow}", {"Allow": allow})
-        return function()
+        return routes[self.target]()
 
     def webhook(self) -> dict[str, Any]:
         """Take a webhook's alerts: each one's state, in the webhook's order, once they are on disk. Raises Refusal."""
-        self.authorize("webhook token", self.server.config.webhook_token or [])
+        if self.server.config.webhook_token:
+            self.authorize("webhook_token", self.server.config.webhook_token)
         alerts, numbers = self.take()
         try:
             queued = self.server.queue.wait(numbers, self.server.config.wait, self.server.archiver.hopeless)
@@ -2685,7 +2608,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def take(self) -> tuple[list[Arrival | Rejected], list[int]]:
         """Put a webhook on disk: what it says, and the numbers of the good alerts' jobs. Raises Refusal."""
         alerts: list[Arrival | Rejected] = []
-        problem = ""
         with self.body() as body:
             try:
                 with self.server.parsing:
@@ -2694,60 +2616,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         alerts = read_webhook(body)
                     finally:
                         gc.enable()
-            except (Malformed, RecursionError) as why:  # at one exact depth the whole is read, and its parts are not
-                problem = str(why)
-            good = [alert for alert in alerts if isinstance(alert, Arrival)]
+                problem = next((alert.message for alert in alerts if isinstance(alert, Rejected)), "")
+            except (Malformed, RecursionError) as error:  # at one exact depth the whole is read, and its parts are not
+                problem = str(error)
+            good = arrivals = [alert for alert in alerts if isinstance(alert, Arrival)]
             self.note = f" bytes={len(body)} alerts={len(good)} rejected={len(alerts) - len(good)}"
-            rejected = []
-            if problem or len(good) < len(alerts):
-                # Nothing that presented the token is lost, whatever it is.
-                minute = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}"
-                rejected = [Arrival(hashlib.sha256(body).hexdigest(), minute, "rejected", body)]
+            if problem:  # nothing that presented the token is lost, whatever it is
+                minute, digest = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}", hashlib.sha256(body).hexdigest()
+                arrivals = [*good, Arrival(digest, minute, "rejected", body)]
             try:
-                numbers = self.server.queue.put(good + rejected) if good or rejected else []
+                numbers = self.server.queue.put(arrivals) if arrivals else []
             except QueueError as error:
                 raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
-        self.note += "".join(f" kept={arrival.id}" for arrival in rejected)
-        if good and rejected:  # an answer of 400 says by itself what is wrong
-            self.note += " reason=" + next(alert.message for alert in alerts if isinstance(alert, Rejected))
+        if problem:
+            self.note += f" kept={digest}" + (f" reason={problem}" if good else "")  # 400 says by itself what is wrong
         metrics.observe("ts3d_acknowledgement_seconds", time.monotonic() - self.started)
         metrics.count("ts3d_alerts_received_total", len(good))
         metrics.count("ts3d_alerts_rejected_total", len(alerts) - len(good))
         self.server.archiver.wake.set()
-        if problem:
+        if problem and not alerts:
             raise Refusal(400, "malformed_webhook", problem)
         return alerts, numbers[: len(good)]
 
-    def authorize(self, kind: str, tokens: list[str]) -> None:
-        """Raises Refusal unless the request presents one of these tokens, or there is none."""
+    def authorize(self, option: str, tokens: list[str]) -> None:
+        """Raises Refusal unless the request presents one of these tokens, which `option` has."""
         query = self.path.partition("?")[2].replace("+", "%2B")  # `+` is itself here: tokens are often base64
         presented = urllib.parse.parse_qs(query, encoding="latin-1").get("token", [])
-        for field in self.fields.get("authorization", ()):
-            scheme, _, value = field.partition(" ")
-            if scheme.lower() == "bearer":
-                presented.append(value.strip())
+        fields = self.fields.get("authorization", ())
+        presented += [field[7:].strip() for field in fields if field.lower().startswith("bearer ")]
         pairs = [(a.encode(), b.encode("latin-1")) for a in tokens for b in presented]
         # Every pair is compared, each in constant time.
-        if tokens and not any([hmac.compare_digest(*pair) for pair in pairs]):
-            self.refuse(f"present the {kind}: Authorization: Bearer TOKEN, or ?token=TOKEN")
-
-    def refuse(self, message: str) -> NoReturn:
-        """Raises Refusal: 401."""
-        raise Refusal(401, "unauthorized", message, {"WWW-Authenticate": 'Bearer realm="ts3d"'})
+        if not any([hmac.compare_digest(*pair) for pair in pairs]):
+            said = f"present the secret of [server] {option}: Authorization: Bearer TOKEN, or ?token=TOKEN"
+            said = said if tokens else f"set [server] {option}: without one this is for the machine itself"
+            raise Refusal(401, "unauthorized", said, {"WWW-Authenticate": 'Bearer realm="ts3d"'})
 
     def show_metrics(self) -> str:
         """Prometheus's metrics, for this machine or who has the token for them. Raises Refusal."""
         config, archiver = self.server.config, self.server.archiver
-        if not config.metrics_token and not (self.client == "local" or is_loopback(self.client)):
-            self.refuse("set [server] metrics_token: without one this is for the machine itself")
-        self.authorize("metrics token", [config.metrics_token] if config.metrics_token else [])
-        held = {"s3": 0.0, "threatstack": 0.0, **{error["held"]: 1.0 for error in archiver.held()}}
-        build = {"version": VERSION, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
+        tokens = [config.metrics_token] if config.metrics_token else []
+        if tokens or not (self.client == "local" or is_loopback(self.client)):
+            self.authorize("metrics_token", tokens)
+        held = [error["held"] for error in archiver.held()]
         gauges: Samples = {
-            "ts3d_build_info": {labels_text(**build): 1},
-            "ts3d_upstream_held": {labels_text(upstream=name): value for name, value in held.items()},
+            "ts3d_upstream_held": {labels_text(upstream=name): name in held for name in ("s3", "threatstack")},
             "ts3d_queue_max_size_bytes": {"": config.max_size},
-            "process_start_time_seconds": {"": metrics.started},
         }
         if math.isfinite(config.certificate_ends):
             gauges["ts3d_tls_certificate_end_timestamp_seconds"] = {"": config.certificate_ends}
@@ -2773,14 +2686,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send the answer; where the client may still be sending, let it read before the connection closes."""
         if self.unread or self.server.stopping:
             self.close_connection = True
+        if self.close_connection:
+            headers = {**headers, "Connection": "close"}
         body = (payload if isinstance(payload, str) else json.dumps(payload)).encode()
         kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(payload, str) else "application/json"
-        headers = {"Server": "ts3d", "Date": http_date(int(time.time())), "Content-Type": kind, **headers}
-        headers["X-Request-Id"] = self.id
-        if self.close_connection:
-            headers["Connection"] = "close"
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Request-Id": self.id, **headers}
         self.send_response_only(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        for name, value in {"Server": "ts3d", "Date": self.date_time_string(), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)
@@ -2811,17 +2723,14 @@ def handed_sockets(config: Config) -> list[socket.socket]:
         return []
     sockets = []
     for number in range(3, 3 + int(os.environ.get("LISTEN_FDS") or 0)):
-        where = f"socket {number} of systemd's"
-        try:
+        where, listens = f"socket {number} of systemd's", 0
+        with contextlib.suppress(OSError):  # it is no socket
             sock = socket.socket(fileno=number)
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError as error:
-            raise ConfigError(f"{where}: {error.strerror}") from None
         if not listens or sock.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
             raise ConfigError(f"{where}: does not listen for TCP or Unix connections (ListenStream=, Accept=no)")
         if sock.family != socket.AF_UNIX:
             require_token(config, f"{where}: {shown_address(sock, 'tcp')}", sock.getsockname()[0])
-        sock.set_inheritable(False)
         sockets.append(sock)
     return sockets
 
@@ -2853,8 +2762,7 @@ def tell_systemd(queue_: Queue, archiver: Archiver, late_before: list[str]) -> l
         status = f"{queued} queued, {failed} failed"
     except QueueError as error:
         status = printable(redact(str(error)))
-    for hold in (archiver.s3.hold, archiver.threatstack.hold):
-        status += f"; {hold.error}" if hold else ""
+    status = "; ".join([status, *(error["message"] for error in archiver.held())])
     notify(f"STATUS={status}" + ("" if late else "\nWATCHDOG=1"))
     return late
 
@@ -2901,27 +2809,24 @@ def serve(config: Config) -> int:
         log.error("the certificate of [server] tls_certificate ended on %s", rfc_3339(config.certificate_ends))
     notify("READY=1")  # before boto3 is imported, which takes longer than all the rest
     archiver.start()
-    problem = supervise(queue_, archiver, [acceptor, queue_.writer, *archiver.threads])
-    deadline = time.monotonic() + STOP_WITHIN
-    server.stopping = True  # answers close their connections
-    archiver.stopping.set()  # answers wait for S3 no longer
-    queue_.stir()
-    notify("STOPPING=1\nSTATUS=stopping")
-    log.info("stopping")
-    server.stop(deadline)
-    archiver.stop(deadline)
-    queue_.close(max(1.0, deadline - time.monotonic()))
-    if isinstance(problem, ConfigError):
-        raise problem
-    if problem:
-        log.critical("%s", problem)
-        return 1
+    try:
+        supervise(queue_, archiver, [acceptor, queue_.writer, *archiver.threads])
+    finally:
+        deadline = time.monotonic() + STOP_WITHIN
+        server.stopping = True  # answers close their connections
+        archiver.stopping.set()  # answers wait for S3 no longer
+        queue_.stir()
+        notify("STOPPING=1\nSTATUS=stopping")
+        log.info("stopping")
+        server.stop(deadline)
+        archiver.stop(deadline)
+        queue_.close(max(1.0, deadline - time.monotonic()))
     log.info("stopped")
     return 0
 
 
-def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]) -> Exception | None:
-    """Look after the other threads until a signal (None) or something that it returns ends the daemon."""
+def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]) -> None:
+    """Look after the other threads until a signal ends the daemon, or what this raises."""
     next_word, pause, late = 0.0, min(2.0, watchdog() / 4), list[str]()
     # The signals are blocked, and looked for: a handler could run at any moment, with any lock held, and CPython's
     # sigtimedwait takes an interruption after its time-out, such as SIGCONT, for one of them.
@@ -2938,12 +2843,11 @@ def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]
             next_word = time.monotonic() + pause
             late = tell_systemd(queue_, archiver, late)
         if damage := queue_.damage():
-            return QueueError(f"the queue is malformed ({damage}): the next start moves it aside")
+            raise QueueError(f"the queue is malformed ({damage}): the next start moves it aside")
         if not all(thread.is_alive() for thread in threads):
-            return RuntimeError("a thread has ended")
+            raise RuntimeError("a thread has ended")
         if archiver.fatal:
-            return archiver.fatal
-    return None
+            raise archiver.fatal
 
 
 def expired(config: Config) -> list[dict[str, Any]]:
@@ -2953,22 +2857,17 @@ def expired(config: Config) -> list[dict[str, Any]]:
     return [ended] if config.certificate_ends < time.time() else []
 
 
-CLOCKS_DIFFER = 60.0  # seconds that `check` lets clocks differ: as Hawk does
-
-
 def check(path: str) -> int:
     """Look at all that the daemon needs: a line each, `ok`, or what is wrong and how to mend it. The exit code."""
     failed = False
 
     def look(name: str, function: Callable[..., T], *arguments: Any) -> T | None:
         nonlocal failed
-        verdict, value = "ok", None
         try:
             value = function(*arguments)
-            said = path if isinstance(value, Config) else str(value)
+            verdict, said = "ok", path if isinstance(value, Config) else str(value)
         except Exception as error:  # one look that goes wrong must not keep the others from being taken
-            expected = isinstance(error, (ConfigError, UpstreamError, QueueError))
-            verdict, said, failed = "FAIL", str(error) if expected else describe(error), True
+            verdict, said, value, failed = "FAIL", explain(error), None, True
         print(f"{verdict:6}{name:14}{printable(redact(said))}", flush=True)
         return value
 
@@ -3003,8 +2902,8 @@ def check_queue(config: Config) -> str:
             raise QueueError(f"{config.path}: {DISK_FULL}: webhooks will be answered 503")
         return f"{config.path} is not there yet: `ts3d serve` makes it"
     with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
-        queued, failed, _ = queue_.counts()
         try:
+            queued, failed, _ = queue_.counts()
             queue_.prove_writable()
             for cause in queue_.causes():
                 if cause["type"] in ("queue_full", "disk_full") and queue_.running():
@@ -3021,7 +2920,7 @@ def check_clock(*upstreams: Upstream) -> str:
     said = " and ".join(
         f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {title}'s" for title, skew in skews.items()
     )
-    if any(abs(skew) > CLOCKS_DIFFER for skew in skews.values()):
+    if any(abs(skew) > ThreatStack.MAX_SKEW for skew in skews.values()):
         raise ConfigError(f"this machine's clock is {said}: set it right, by NTP for example (timedatectl set-ntp yes)")
     return f"this machine's is {said}" if said else "not compared: neither S3 nor Threat Stack said what time it is"
 
@@ -3034,22 +2933,20 @@ def check_certificate(config: Config) -> str:
     said = f"{config.tls_certificate}: its last day is {rfc_3339(config.certificate_ends)[:10]}"
     if left < 0:
         raise ConfigError(f"{said}, which is over: Threat Stack sends nothing any more. Renew it, and restart ts3d")
-    served: list[dict[str, Any]] = []
+    old = False
     with contextlib.suppress(ConfigError, QueueError), contextlib.closing(Queue(config.path, config.max_size)) as jobs:
-        served = jobs.causes() if jobs.running() else []
-    if any(cause["type"] == "tls_certificate" for cause in served):
+        old = jobs.running() and any(cause["type"] == "tls_certificate" for cause in jobs.causes())
+    if old:
         raise ConfigError(f"{said}, but the daemon still has the one before, which is over: systemctl restart ts3d")
     return f"{said}, in {duration(left)}"
 
 
 def duration(seconds: float) -> str:
     """A time span for people, in its two largest units."""
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if days:
-        return f"{days:.0f} d {hours % 24:.0f} h"
-    if hours:
-        return f"{hours:.0f} h {minutes % 60:.0f} min"
-    return f"{minutes:.0f} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"
+    for unit, n, smaller, m in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= n:
+            return f"{seconds // n:.0f} {unit} {seconds % n // m:.0f} {smaller}"
+    return f"{seconds:.0f} s"
 
 
 def size(bytes_: int) -> str:
@@ -3058,36 +2955,35 @@ def size(bytes_: int) -> str:
     return f"{bytes_ / SIZE[unit]:.1f}{unit}".replace(".0", "") if unit else str(bytes_)
 
 
-def status(config: Config, list_failed: bool, as_json: bool) -> int:
+def status(config: Config, failed: bool, as_json: bool) -> int:
     """Say what is queued and failed, and what stands in the way; it takes nothing but the queue's file."""
     with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
-        queued, failed, oldest = queue_.counts()
+        queued, given_up, oldest = queue_.counts()
         used, free = queue_.space()
         running, causes = queue_.running(), queue_.causes()
-        failures = queue_.failed() if list_failed else iter(())
-        if free < HOLD_BACK and not any(cause["type"] == "disk_full" for cause in causes):
-            causes.insert(0, {"type": "disk_full", "message": DISK_FULL})
-        if not any(cause["type"] == "tls_certificate" for cause in causes):  # that which the daemon has may be another
-            causes[:0] = expired(config)
+        failures = queue_.failed() if failed else iter(())
+        # What the daemon says goes before what is seen from here: the certificate that it has may be another.
+        seen = expired(config) + ([{"type": "disk_full", "message": DISK_FULL}] if free < HOLD_BACK else [])
+        noted = [cause["type"] for cause in causes]
+        causes[:0] = [cause for cause in seen if cause["type"] not in noted]
         if as_json:
-            counts = {"running": running, "queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
-            disk = {"queue_bytes": used, "max_bytes": config.max_size, "disk_free_bytes": free}
-            lists = {"causes": list(map(readable, causes))}
-            lists |= {"failures": list(map(readable, failures))} if list_failed else {}
-            print(json.dumps({**counts, **disk, **lists}), flush=True)
+            facts: dict[str, Any] = {"running": running, "queued": queued, "failed": given_up}
+            facts |= {"oldest_seconds": round(oldest, 3), "queue_bytes": used, "max_bytes": config.max_size}
+            facts |= {"disk_free_bytes": free, "causes": list(map(readable, causes))}
+            print(json.dumps(facts | ({"failures": list(map(readable, failures))} if failed else {})), flush=True)
             return 0
-        if not list_failed:
+        if not failed:
             say(f"daemon   {'runs' if running else 'does not run'}")
             say(f"queued   {queued}" + (f", the oldest for {duration(oldest)}" if queued else ""))
-            hint = ": `ts3d status --failed` lists them, `ts3d retry` tries them again" if failed else ""
-            say(f"failed   {failed}{hint}")
+            hint = ": `ts3d status --failed` lists them, `ts3d retry` tries them again" if given_up else ""
+            say(f"failed   {given_up}{hint}")
             say(f"disk     {size(used)} of {size(config.max_size)} used, {size(free)} free: {config.path}")
             last = "" if running else ", as of when the daemon ran last"
             say(f"\nWhat stands in the way{last}:" if causes else f"\nNothing stands in the way{last}.")
             for cause in causes:
                 say(headline(cause))
                 say(cause["message"], "    ")
-        elif not failed:
+        elif not given_up:
             say("none has failed")
         for alert in failures:
             say(f"{alert['id']} came {rfc_3339(alert['received'])}, and failed after {alert['tries']} tries")
@@ -3115,49 +3011,48 @@ def say(text: str, indent: str = "") -> None:
     """Print for people, in lines of at most 80 columns."""
     import textwrap  # here, as the daemon starts faster without it
 
+    wrap = textwrap.TextWrapper(79, indent, indent or 9 * " ", break_on_hyphens=False)
     for line in text.splitlines():
-        said = printable(redact(line))
-        wrap = textwrap.TextWrapper(79, indent, indent or 9 * " ", break_on_hyphens=False)
-        print(wrap.fill(said).replace("\xa0", " "), flush=True)  # which it takes for no blank
+        print(wrap.fill(printable(redact(line))).replace("\xa0", " "), flush=True)  # which it takes for no blank
 
 
 def retry(config: Config, ids: list[str]) -> int:
     """Queue failed alerts again, those named or all; 1 where one that is named has not failed."""
     ids = list(dict.fromkeys(ids))
     with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
-        waiting, code = queue_.queued(ids), 0
-        counts = queue_.retry_failed(ids)
-    for id_ in ids:
-        if not counts[id_] and id_ in waiting:
+        waiting, counts = queue_.queued(ids), queue_.retry_failed(ids)
+    others = [id_ for id_ in ids if not counts[id_]]
+    for id_ in others:
+        if id_ in waiting:
             print(f"{id_} has not failed: it is queued", flush=True)
-        elif not counts[id_]:
+        else:
             complain(f"there is no failed alert {id_}: `ts3d status --failed` lists them")
-            code = 1
     print(f"{sum(counts.values())} queued again", flush=True)
-    return code
+    return int(not waiting.issuperset(others))
 
 
 BACKFILL_WAITS = 1000  # jobs that are queued when backfill adds no more
+DOES_IT_RUN = "(does `ts3d serve` run?)"
 PATIENCE = 120.0  # seconds for which backfill tries again where something is away
 OVERLAP, FIRST_TIME = 3600.0, 86400.0  # seconds by which it goes back: an alert may be listed late; the first time
 
 
 def moment(text: str) -> float:
     """Seconds since the epoch of an RFC 3339 time, a date (UTC) or an age. Raises argparse.ArgumentTypeError."""
-    if match := re.fullmatch(f"([0-9]{{1,12}})([{''.join(TIME)}])", text):
-        seconds = time.time() - int(match[1]) * TIME[match[2]]
-    else:
-        with_time = f"{text}T00:00:00Z" if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) else text
-        try:
-            match = RFC_3339.fullmatch(with_time)
+    try:
+        if match := re.fullmatch(f"([0-9]{{1,12}})([{''.join(TIME)}])", text):
+            seconds = time.time() - int(match[1]) * TIME[match[2]]
+        else:
+            text_ = f"{text}T00:00:00Z" if len(text) == len("2026-11-24") else text
+            match = RFC_3339.fullmatch(text_)
             when = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}")  # type: ignore[index]
-            seconds = when.timestamp() + float(re.match("[0-9.]+", with_time[17:])[0])  # type: ignore[index]
-        except (ValueError, TypeError, OverflowError):
-            what = "neither a time such as 2026-11-24T18:00:00Z, nor a date, nor an age such as 2h (s, m, h or d)"
-            raise argparse.ArgumentTypeError(f"{text!r} is {what}") from None
-    if not 0 <= seconds < YEAR_10000 / 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not within the years 1970 to 9999")
-    return seconds
+            seconds = when.timestamp() + float(re.match("[0-9.]+", text_[17:])[0])  # type: ignore[index]
+        if 0 <= seconds < YEAR_10000 / 1000:
+            return seconds
+    except (ValueError, TypeError, OverflowError):
+        pass
+    forms = "a time such as 2026-11-24T18:00:00Z, nor a date, nor an age such as 2h (s, m, h or d)"
+    raise argparse.ArgumentTypeError(f"{text!r} is neither {forms}, of the years 1970 to 9999")
 
 
 def rfc_3339(seconds: float) -> str:
@@ -3177,6 +3072,7 @@ class Backfill:
         # What appears meanwhile is left to the next run: with one end for all pages, it moves none of them.
         self.until = min(math.inf if until is None else until, time.time())
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
+        self.pool = ThreadPoolExecutor(1 + S3.HEADS)
         self.listed = self.there = self.waiting = self.queued = self.bad = 0
         self.note = ""
         self.problem: Exception | None = None  # what ends the run, for all of its threads
@@ -3187,94 +3083,82 @@ class Backfill:
         said += f", {self.waiting} in the queue already" if self.waiting else ""
         return said + (f", {self.bad} malformed and not archived" if self.bad else "")
 
-    def run(self, pool: ThreadPoolExecutor) -> None:
-        """Queue what is missing, and remember that.
-
-        Raises ArgumentTypeError for a range that is empty, ConfigError, QueueError, UpstreamError.
-        """
-        with contextlib.closing(Queue(self.config.path, self.config.max_size)) as queue_:
-            known = self.insist(queue_.backfilled)
+    def run(self) -> None:
+        """Do it. Raises ArgumentTypeError for a range that is empty, ConfigError, QueueError, UpstreamError."""
+        with contextlib.closing(Queue(self.config.path, self.config.max_size)) as self.queue:
+            known = self.insist(self.queue.backfilled)
             if self.since is None:
                 self.since = self.until - FIRST_TIME if known is None else known - OVERLAP
+            since, until = rfc_3339(self.since), rfc_3339(self.until)
             if self.since >= self.until:
-                begin = f"{rfc_3339(self.since)} (--from, or where the last run ended less an hour)"
-                raise argparse.ArgumentTypeError(f"{begin} is not before {rfc_3339(self.until)} (--until, or now)")
-            log.info("backfill: alerts from %s until %s", rfc_3339(self.since), rfc_3339(self.until))
-            for alerts in self.pages():
-                self.take(alerts, queue_, pool)
-            known = self.insist(queue_.backfilled, self.since, self.until)
+                begin = f"{since} (--from, or where the last run ended less an hour)"
+                raise argparse.ArgumentTypeError(f"{begin} is not before {until} (--until, or now)")
+            log.info("backfill: alerts from %s until %s", since, until)
+            for alerts in self.pages(since, until):
+                self.take(alerts)
+            known = self.insist(self.queue.backfilled, self.since, self.until)
             if known and known < self.since:
                 log.info("backfill: the next run without --from goes on at %s: a gap is left", rfc_3339(known))
 
     def insist(self, function: Callable[..., T], *args: Any) -> T:
-        """What `function` returns, which is tried again where an upstream limits the rate or is away for a while.
-
-        Raises UpstreamError, QueueError.
-        """
+        """What `function` returns, tried again while an upstream is away. Raises UpstreamError, QueueError."""
         began, tries = time.monotonic(), 0
         while True:
             try:
-                result = function(*args)
-                self.note = ""
-                return result
+                return function(*args)
             except (UpstreamError, QueueError) as error:
                 tries += 1
                 status, pause = getattr(error, "status", 0), getattr(error, "retry_after", 0.0)
+                why = f"trying again: {error}"
+                refused = (300 <= status < 500 and status != 408) or getattr(error, "cause", "") in S3.CREDENTIALS
                 if status == 429:  # for however long
-                    began, self.note = time.monotonic(), "waiting: the rate of calls is limited"
-                else:
-                    refused = 300 <= status < 500 and status != 408
-                    refused = refused or getattr(error, "type", "").removeprefix("s3_") in S3.CREDENTIALS
-                    if refused or time.monotonic() + pause - began > PATIENCE:
-                        self.problem = self.problem or error
-                    self.note = f"trying again: {error}"
-                self.pause(pause or backoff(tries, 30.0))
+                    began, why = time.monotonic(), "waiting: the rate of calls is limited"
+                elif isinstance(error, QueueFull) and self.queue.counts()[0]:  # there will be room, however late
+                    began, why = time.monotonic(), f"waiting: the queue is half full, or its disk is full {DOES_IT_RUN}"
+                elif refused or time.monotonic() + pause - began > PATIENCE:
+                    self.problem = self.problem or error
+                self.pause(pause or backoff(tries, 30.0), why)
                 if self.problem:
                     raise self.problem from None
 
-    def pause(self, seconds: float) -> None:
-        """Wait, unless the run is over."""
-        end = time.monotonic() + seconds
+    def pause(self, seconds: float, why: str) -> None:
+        """Wait, and have that shown, unless the run is over."""
+        self.note, end = why, time.monotonic() + seconds
         while not self.problem and time.monotonic() < end:
             nap(min(0.25, seconds))
+        self.note = ""
 
-    def pages(self) -> Iterator[str]:
+    def pages(self, since: str, until: str) -> Iterator[str]:
         """The list of alerts, page by page: the text of a JSON array each. Raises UpstreamError."""
-        since, until, before = rfc_3339(self.since or 0), rfc_3339(self.until), ""
-        for page in itertools.count() if self.config.auth == "key" else ():
-            text = self.page(start=since, end=until, count=100, page=page)
-            if not text.startswith("[") or text == before:  # the same page again and again would have no end
-                raise self.threatstack.error("bad_answer", "the list of alerts is no list, or has no end")
-            if next(parts(text), None) is None:
-                return
-            yield text
-            before = text
-        # In this order: an alert that is dismissed meanwhile is in the second list.
-        for status in ("active", "dismissed"):
-            more: dict[str, str] = {}
+        lists: list[dict[str, Any]] = [{"start": since, "end": until, "count": 100, "page": 0}]
+        if self.config.auth == "hawk":  # in this order: an alert that is dismissed meanwhile is in the second list
+            lists = [{"status": status, "from": since, "until": until} for status in ("active", "dismissed")]
+        for query in lists:
             seen: set[int] = set()  # hashes of pages: the same page again and again would have no end
-            while True:
-                text = self.page(status=status, **{"from": since, "until": until}, **more)
-                members = {name: (value, literal) for name, value, literal in parts(text)} if text[0] == "{" else {}
-                (alerts, literal), (token, number) = members.get("alerts", ("", "")), members.get("token", (None, ""))
-                if not isinstance(alerts, list) or hash(text) in seen:
-                    raise self.threatstack.error("bad_answer", "the list of alerts has no `alerts`, or has no end")
-                seen.add(hash(text))
-                yield literal
-                if number in ("", "null", '""', "false"):
-                    break
-                more = {"token": token if isinstance(token, str) else number}
+            more = True
+            while more:
+                body = self.insist(self.threatstack.get, f"/alerts?{urllib.parse.urlencode(query)}")
+                text, alerts = read_json(body)
+                page, literal = hash(text), text
+                if self.config.auth == "key":
+                    more, query["page"] = bool(alerts), query["page"] + 1
+                else:
+                    members = {"alerts": ["", ""], "token": ["", "null"]}
+                    members |= {name: found for name, *found in parts(text)} if text[0] == "{" else {}
+                    (alerts, literal), (token, number) = members["alerts"], members["token"]
+                    more = number not in ("null", '""', "false")
+                    query["token"] = token if isinstance(token, str) else number
+                if not isinstance(alerts, list) or page in seen:
+                    raise self.threatstack.error("bad_answer", "the list of alerts is no list, or has no end")
+                seen.add(page)
+                if alerts:
+                    yield literal
 
-    def page(self, **parameters: Any) -> str:
-        """The text of the API's list of alerts with these parameters. Raises UpstreamError."""
-        body = self.insist(self.threatstack.get, f"/alerts?{urllib.parse.urlencode(parameters)}")
-        return read_json(body)[0]
-
-    def take(self, alerts: str, queue_: Queue, pool: ThreadPoolExecutor) -> None:
+    def take(self, alerts: str) -> None:
         """Queue those of a page's alerts that S3 has no detail of. Raises ConfigError, QueueError, UpstreamError."""
         time_of, found = "createdAt" if self.config.auth == "hawk" else "created_at", {}
-        for i, (_, _, literal) in enumerate(parts(alerts)):
-            alert = read_alert(literal, f"alerts[{i}].", time_of, "backfill")
+        for i, (_, value, literal) in enumerate(parts(alerts)):
+            alert = read_alert(literal, value, f"alerts[{i}].", time_of, "backfill")
             self.listed += 1
             if isinstance(alert, Rejected) and ALERT_ID.fullmatch(alert.id or ""):
                 # The time serves for the key alone, and what the API lists has a detail there.
@@ -3287,70 +3171,50 @@ class Backfill:
                 self.bad += 1
                 log.error("backfill: alert %s is not archived: %s", alert.id, alert.message)
         # Before the look at what is there, for it may take hours.
-        while self.insist(queue_.counts)[0] >= BACKFILL_WAITS:
-            self.note = f"waiting: {BACKFILL_WAITS} alerts or more are queued (does `ts3d serve` run?)"
-            self.pause(0.5)
+        while self.insist(self.queue.counts)[0] >= BACKFILL_WAITS:
+            self.pause(0.5, f"waiting: {BACKFILL_WAITS} alerts or more are queued {DOES_IT_RUN}")
         # In this order: one that leaves the queue in between is in S3.
-        waiting = self.insist(queue_.queued, found)
+        waiting = self.insist(self.queue.queued, found)
         rest = [alert for alert in found.values() if alert.id not in waiting]
-        there = list(pool.map(self.insist, itertools.repeat(self.s3.exists), map(OBJECTS["alerts"].name, rest)))
+        there = list(self.pool.map(self.insist, itertools.repeat(self.s3.exists), map(OBJECTS["alerts"].name, rest)))
         missing = [alert for alert, is_there in zip(rest, there, strict=True) if not is_there]
-        while missing and not self.insist(self.put, queue_, missing):
-            self.note = "waiting: the queue is half full, or its disk is full (does `ts3d serve` run?)"
-            self.pause(0.5)
+        if missing:
+            self.insist(self.queue.put, missing)
         self.waiting += len(waiting)
         self.there += sum(there)
         self.queued += len(missing)
-
-    @staticmethod
-    def put(queue_: Queue, alerts: list[Arrival]) -> bool:
-        """Whether there was room for these in the queue, where they are now. Raises QueueError."""
-        try:
-            queue_.put(alerts)
-            return True
-        except QueueFull:
-            if not queue_.counts()[0]:  # waiting makes no room
-                raise
-            return False
 
 
 def backfill(config: Config, since: float | None, until: float | None) -> int:
     """Queue the alerts of a time range (seconds since the epoch) that the API lists and S3 lacks."""
     require_upstreams(config)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before there are threads, and looked for as in `serve`
-    run, begin, code = Backfill(config, since, until), time.monotonic(), 0
-    pool = ThreadPoolExecutor(1 + S3.HEADS)
-    work = pool.submit(run.run, pool)
+    run, begin, on_terminal = Backfill(config, since, until), time.monotonic(), sys.stderr.isatty()
+    work = run.pool.submit(run.run)
     shown, noted = begin, ""
     while not work.done() and not STOP_SIGNALS & signal.sigpending():
         nap(0.1)
         now, note = time.monotonic(), run.note
         said = f"{run}, {run.listed / (now - begin):.0f}/s{note and f'; {note}'}"
-        if sys.stderr.isatty():
+        if on_terminal:
             # The cursor is left at the line's beginning, so that what is logged stands in its place.
             width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
             print(f"\x1b[K{printable(redact(said))[: width - 1]}\r", end="", file=sys.stderr, flush=True)
         elif now - shown > 10 or (note and note != noted and now - shown > 1):
             log.info("backfill: %s", said)
             shown, noted = now, note or noted
-    if sys.stderr.isatty():
+    if on_terminal:
         print("\x1b[K", end="", file=sys.stderr, flush=True)
-    if not work.done():
-        print(f"backfill stopped: {run}", flush=True)
-        os._exit(130)  # as after SIGINT: threads may still wait for an upstream
-    try:
-        work.result()
-    except argparse.ArgumentTypeError as error:
-        complain(str(error))
-        return 2
-    except (UpstreamError, QueueError) as error:
-        complain(str(error))
-        code = 1
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    print(f"backfill{' failed' if code else ''}: {run}", flush=True)
-    if code:
-        os._exit(code)  # other threads may wait for an upstream still
+    stopped = not work.done()
+    failure = None if stopped else work.exception()
+    if isinstance(failure, (UpstreamError, QueueError)):
+        complain(str(failure))
+    elif failure:
+        raise failure
+    how = " stopped" if stopped else " failed" if failure else ""
+    print(f"backfill{how}: {run}", flush=True)
+    if how:
+        os._exit(130 if stopped else 1)  # 130: as after SIGINT. Other threads may wait for an upstream still
     return 1 if run.bad else 0
 
 
@@ -3361,55 +3225,51 @@ def complain(text: str) -> None:
     print(f"{'<3>' if in_journal() else ''}ts3d: {line}", file=sys.stderr)
 
 
+def explain(error: BaseException) -> str:
+    """An error in words: one that was foreseen speaks for itself, of a bug it is said where it is."""
+    # RuntimeError: no thread can be started.
+    foreseen = (ConfigError, QueueError, UpstreamError, argparse.ArgumentTypeError, RuntimeError, OSError)
+    return str(error) if isinstance(error, foreseen) else f"internal error: {describe(error)}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the arguments name; its exit code."""
-    parser = argparse.ArgumentParser(prog="ts3d", description="Archives Threat Stack's alerts in AWS S3.")
+    option = argparse.ArgumentParser(add_help=False)  # before the command and after it
+    option.add_argument("-c", dest="config", metavar="FILE", default=argparse.SUPPRESS, help="configuration")
+    parser = argparse.ArgumentParser("ts3d", description="Archives Threat Stack's alerts in AWS S3.", parents=[option])
     parser.add_argument("--version", action="version", version=f"ts3d {VERSION}")
-    option = argparse.ArgumentParser(add_help=False)
-    for place in (parser, option):  # before the command and after it
-        place.add_argument("-c", dest="config", metavar="FILE", default=argparse.SUPPRESS, help="configuration")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("serve", parents=[option], help="the daemon (the default command)")
     commands.add_parser("check", parents=[option], help="say whether everything is in place")
     look = commands.add_parser("status", parents=[option], help="what is queued, and what stands in the way")
     look.add_argument("--failed", action="store_true", help="list the failed alerts with their errors")
-    look.add_argument("--json", action="store_true", help="for programs")
+    look.add_argument("--json", dest="as_json", action="store_true", help="for programs")
     again = commands.add_parser("retry", parents=[option], help="queue failed alerts again")
     again.add_argument("ids", metavar="ID", nargs="*", help="those to queue; by default all")
     fill = commands.add_parser("backfill", parents=[option], help="archive what the API lists and S3 lacks")
     form = "a time (RFC 3339), a date (UTC), or an age such as 2h"
     fill.add_argument("--from", dest="since", metavar="T", type=moment, help=f"{form}; by default where it left off")
     fill.add_argument("--until", metavar="T", type=moment, help="the same; by default now")
-    chosen = parser.parse_args(arguments)
+    chosen = vars(parser.parse_args(arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):  # what upstreams say may be beyond the locale's characters
         sys.stdout.reconfigure(errors="backslashreplace")
-    path = getattr(chosen, "config", None) or next(filter(os.path.exists, CONFIG_FILES), CONFIG_FILES[-1])
+    command = chosen.pop("command")
+    path = chosen.pop("config", None) or next(filter(os.path.exists, CONFIG_FILES), CONFIG_FILES[-1])
+    others: dict[str, Callable[..., int]] = {"status": status, "retry": retry, "backfill": backfill}
     try:
-        if chosen.command == "check":
+        if command == "check":
             return check(path)
         config = load_config(path)
         start_log(config.level)
-        if chosen.command == "backfill":
-            return backfill(config, chosen.since, chosen.until)
-        if chosen.command == "status":
-            return status(config, chosen.failed, chosen.json)
-        if chosen.command == "retry":
-            return retry(config, chosen.ids)
-        return serve(config)
-    except ConfigError as error:
-        complain(str(error))
-        return 78  # EX_CONFIG of sysexits.h
+        return others.get(command, serve)(config, **chosen)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `ts3d status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains of it again at exit
         return 1
-    except (QueueError, RuntimeError, OSError) as error:  # no thread can be started, no file opened
-        complain(str(error))
-        return 1
-    except Exception as error:  # a bug: one line for the user, who can do nothing with a traceback
-        complain(f"internal error: {describe(error)}")
-        return 1
+    except Exception as error:  # also a bug: one line for the user, who can do nothing with a traceback
+        complain(explain(error))
+        return {ConfigError: 78, argparse.ArgumentTypeError: 2}.get(type(error), 1)  # 78: EX_CONFIG of sysexits.h
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """What the README says is what happens: its curl lines, its configurations, its policy, its two commands."""
 
+import ast
 import configparser
+import http.server
 import json
 import re
 import subprocess
+import sys
+import urllib.request
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +169,16 @@ def test_the_demo():
     assert result.returncode == 0, result
     for part in ("webhook_token = ", "$ curl ", '"state": "archived"', f"s3://{BUCKET}/alerts/58/7c/", "curl -i"):
         assert part in result.stdout
+
+
+def test_it_stands_on_the_standard_library_and_boto3():
+    nodes = list(ast.walk(ast.parse((ROOT / "ts3d.py").read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    others = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    assert others == {"boto3", "botocore"}
+    assert issubclass(ts3d.Handler, http.server.BaseHTTPRequestHandler)
+    assert issubclass(ts3d.ApiHandler, urllib.request.BaseHandler)
 
 
 def test_nothing_else_stands_at_the_top():
