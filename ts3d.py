@@ -35,7 +35,6 @@ import json
 import logging
 import math
 import os
-import platform
 import queue
 import random
 import re
@@ -58,7 +57,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -424,7 +423,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        build = labels_text(version=VERSION, python=platform.python_version(), sqlite=sqlite3.sqlite_version)
+        build = labels_text(version=VERSION, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
         self._samples: Samples = {"ts3d_build_info": {build: 1}, "process_start_time_seconds": {"": time.time()}}
         for name, (kind, _) in METRICS.items():  # a rate needs to see the 0 before the 1
             if kind == "summary":
@@ -1552,18 +1551,17 @@ PORTS = {"http": 80, "https": 443}
 
 
 class ApiHandler(urllib.request.BaseHandler):
-    """urllib's handler of http: and https: for one call, over the `wire` that `dial` makes, and the caller closes."""
+    """urllib's handler of http: and https:. A request's `wire` is its connection, which who sent it has to close."""
 
     def __init__(self, dial: Callable[[str, int], Wire], tls: Callable[[], ssl.SSLContext]) -> None:
         self.dial, self.tls = dial, tls
-        self.wire: Wire | None = None
 
     def http_open(self, request: Any) -> http.client.HTTPResponse:
         """What urllib calls. Raises URLError for what fails before the request is sent, OSError, HTTPException."""
         to, connection = urllib.parse.urlsplit(request.full_url), http.client.HTTPConnection(request.host)
         try:
             tls = self.tls() if to.scheme == "https" else None
-            connection.sock = self.wire = wire = self.dial(str(to.hostname), to.port or PORTS[to.scheme])
+            connection.sock = request.wire = wire = self.dial(str(to.hostname), to.port or PORTS[to.scheme])
             if tls:
                 wire.sock = tls.wrap_socket(wire.arm(), server_hostname=to.hostname)
             connection.request("GET", request.selector, headers={**request.headers, "Connection": "close"})
@@ -1620,6 +1618,10 @@ class ThreatStack(Upstream):
         self.silence = min(config.timeout, max(10.0, config.timeout / 3))
         # Made at first use, and anew after a failure: reading the system's certificates takes longer than a call.
         self.tls = functools.lru_cache(1)(ssl.create_default_context)
+        # With this handler alone: no redirect is followed (the key would leave with it), no proxy of the environment
+        # obeyed, no file: opened, and an error status is an answer like any other.
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(ApiHandler(self._dial, self.tls))
 
     def get(self, path: str, id_: str | None = None) -> bytes:
         """The answer to GET `path`: JSON, no error, and of alert `id_` where one is named. Raises UpstreamError."""
@@ -1660,12 +1662,9 @@ class ThreatStack(Upstream):
 
     def _exchange(self, url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
         """The answer to GET `url`, whatever it is, and as much of its body as is taken. Raises UpstreamError."""
-        # An opener with this handler alone: no redirect is followed (the key would leave with it), no proxy of the
-        # environment obeyed, no file: opened, and an error status is an answer like any other.
-        opener, handler = urllib.request.OpenerDirector(), ApiHandler(self._dial, self.tls)
-        opener.add_handler(handler)
+        request = urllib.request.Request(url, headers=headers)
         try:
-            response = opener.open(urllib.request.Request(url, headers=headers))
+            response = self.opener.open(request)
             return response, response.read(self.MAX_BODY + 1)
         except urllib.error.URLError as error:
             self.tls.cache_clear()  # it may be mended by a certificate that is added to the system's
@@ -1677,8 +1676,8 @@ class ThreatStack(Upstream):
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of size -2
             raise self.error("broken_off", f"the answer broke off: {error}") from None
         finally:
-            if handler.wire:
-                handler.wire.sock.close()
+            if wire := getattr(request, "wire", None):
+                wire.sock.close()
 
     def _dial(self, host: str, port: int) -> Wire:
         """Connect, with one deadline for all of the name's addresses, from when they are known on. Raises OSError."""
@@ -2236,6 +2235,7 @@ REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) H
 FIELD_LINE = re.compile(rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*))?\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
+http_date = functools.lru_cache(1)(functools.partial(formatdate, usegmt=True))
 Answer = tuple[int, dict[str, Any] | str, dict[str, str]]  # status, what it says (a dict as JSON), headers
 
 
@@ -2692,7 +2692,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(payload, str) else "application/json"
         headers = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Request-Id": self.id, **headers}
         self.send_response_only(status)
-        for name, value in {"Server": "ts3d", "Date": self.date_time_string(), **headers}.items():
+        for name, value in {"Server": "ts3d", "Date": http_date(int(time.time())), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)
