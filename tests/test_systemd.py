@@ -56,6 +56,8 @@ def test_the_timer_closes_a_gap(machine):
 
 
 def test_it_is_watched_as_the_readme_says(machine):
+    until(lambda: "\nqueued   0\n" in machine.run("ts3d status").stdout, what="empty queue")
+    until(lambda: machine.show("ts3d.service", "StatusText") == "0 queued, 0 failed", what="word to systemd")
     said = {line: machine.run(line).stdout for line in readme("Watch it", "sh").splitlines()}
     said.update({line: machine.run(line).stdout for line in readme("Watch it", "sh", 1).splitlines()})
     for command, says in {
