@@ -171,7 +171,8 @@ def test_secrets_are_nowhere(new_daemon, api, tmp_path):
         log__level="DEBUG",
         s3__endpoint_url=api.url,
     )
-    said = [daemon.run("check").stdout, daemon.run("check").stderr]
+    check = daemon.run("check")
+    said = [check.stdout, check.stderr]
     for token in tokens:
         said.append(str(daemon.post({"alerts": [alert(0)]}, token)))
         for data in (
