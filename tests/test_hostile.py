@@ -168,6 +168,7 @@ def test_secrets_are_nowhere(new_daemon, api, tmp_path):
     daemon = new_daemon(
         server__webhook_token="\n  ".join(["", *tokens]),
         server__metrics_token="metrics-token",
+        server__wait="0",
         log__level="DEBUG",
         s3__endpoint_url=api.url,
     )
@@ -191,6 +192,8 @@ def test_secrets_are_nowhere(new_daemon, api, tmp_path):
                 sock.shutdown(socket.SHUT_WR)
                 said.append(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
     until(lambda: daemon.logged("Threat Stack.*: 500|S3.*: .*500|s3 is held"))
+    said += [str(daemon.post({"alerts": [alert(0)]}, token)) for token in tokens]
+    assert "'error'" in said[-1]
     process = Path(f"/proc/{daemon.process.pid}")
     said.append((process / "cmdline").read_text())
     daemon.stop()
