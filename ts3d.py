@@ -250,8 +250,8 @@ def load_config(path: str) -> Config:
             where = f"{where}_file = {name!r}"
             file = os.path.join(config.credentials, name)
             try:
-                with open(file, encoding="utf-8") as stream:
-                    text = stream.read().removesuffix("\n")
+                with open(file, encoding="utf-8", newline="") as stream:
+                    text = stream.read().removesuffix("\n").removesuffix("\r")
             except (OSError, UnicodeDecodeError) as error:
                 cause = getattr(error, "strerror", "not UTF-8")
                 raise ConfigError(f"{where}: cannot read {file}: {cause}") from None
@@ -290,8 +290,9 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
     except configparser.Error as error:  # its own text may quote the line, and that hold a secret
         line = getattr(error, "lineno", None) or getattr(error, "errors", [[1]])[0][0]
-        twice = getattr(error, "option", None) or getattr(error, "section", None)
-        what = f"{twice} is there twice" if twice else "not `option = value` in a [section]"
+        what = "not `option = value` in a [section]"
+        if section := getattr(error, "section", None):
+            what = f"[{section}] {getattr(error, 'option', '')}".strip() + " is there twice"
         raise ConfigError(f"{path}: line {line}: {what}") from None
     sections = {section: dict(parser[section]) for section in parser.sections()}
     if own := next(filter(OWN_PARAMETERS.fullmatch, sections.get(PUT_OBJECT, ())), None):
@@ -579,7 +580,7 @@ def read_alert(
         return Rejected(id_, f"{place}id: {excerpt(text, 'id')} is not 4 to 128 of A-Z a-z 0-9 _ -")
     try:
         return Arrival(id_, minute_of(times[0]), step, text.encode())
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # gmtime's, where 2038 is the end
         return Rejected(id_, f"{place}{time_of}: {excerpt(text, time_of)} {error}")
 
 
@@ -2270,7 +2271,7 @@ def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int
     host, port = config.listen
     where = f"{config.file}: [server] listen = {host}:{port}"
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)  # `*` is all
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror}") from None
     family, *_, address = min(found, key=lambda entry: entry[0] == socket.AF_INET6)  # localhost is 127.0.0.1
@@ -2532,7 +2533,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if match := pattern.fullmatch(line):
             return match
         if line.endswith(b"\n"):
-            raise Refusal(400, "malformed_request", wrong)
+            said = wrong if line.endswith(b"\r\n") else "a line does not end with CRLF"
+            raise Refusal(400, "malformed_request", said)
         if len(line) == limit:
             raise Refusal(431, "head_too_large", f"over {HEAD_BYTES} bytes of headers")
         raise ConnectionResetError("closed in the middle of a request")
@@ -2811,6 +2813,9 @@ def serve(config: Config) -> int:
     archiver.start()
     try:
         supervise(queue_, archiver, [acceptor, queue_.writer, *archiver.threads])
+    except (QueueError, RuntimeError) as error:
+        log.critical("%s", error)
+        return 1
     finally:
         deadline = time.monotonic() + STOP_WITHIN
         server.stopping = True  # answers close their connections

@@ -87,8 +87,8 @@ def test_what_is_wrong_is_said(new_daemon, options, says):
     [
         (b"listen = x\n", ["line 1"]),
         (b"[server]\nwebhook_token open-sesame\n", ["line 2"]),
-        (b"[server]\nwait = 1\nwait = 2\n", ["line 3", "wait", "twice"]),
-        (b"[server]\n[server]\n", ["line 2", "twice"]),
+        (b"[server]\nwait = 1\nwait = 2\n", ["line 3: [server] wait is there twice"]),
+        (b"[server]\n[server]\n", ["line 2: [server] is there twice"]),
         (b"[server]\nwait = \xff\n", ["UTF-8"]),
         (b"[DEFAULT]\nwait = 1\n", ["[DEFAULT]"]),
     ],
@@ -138,7 +138,8 @@ def test_a_missing_file(new_daemon):
 
 
 def test_without_a_token_only_loopback_is_listened_on(new_daemon):
-    assert "webhook_token" in wrong(new_daemon(start=False, server__listen="0.0.0.0:0", **LEAVE))
+    for everywhere in ("0.0.0.0:0", "*:0", "[::]:0"):
+        assert "webhook_token" in wrong(new_daemon(start=False, server__listen=everywhere, **LEAVE))
     daemon = new_daemon(**LEAVE)
     assert daemon.post({"alerts": [alert(0)]}, token=None)[0] == 200
 

@@ -359,6 +359,7 @@ def test_messages_that_can_be_read_in_two_ways(new_daemon):
         answer = talk(daemon, data + of_alert(1))
         assert answer.count(b"HTTP/1.1 ") == 1, (data, answer)
         assert error_of(answer) == (400, "malformed_request"), (data, answer)
+    assert b"a line does not end with CRLF" in talk(daemon, b"GET /healthz HTTP/1.1\n\n")
     assert daemon.health()["queued"] == 0
     assert daemon.post({"alerts": [alert(1)]})[0] == 200
 

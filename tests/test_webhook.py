@@ -664,6 +664,15 @@ def test_what_rfc_8259_forbids_is_refused():
     assert time.monotonic() - begin < 20
 
 
+def test_a_time_beyond_the_machines_own_is_refused_alone(monkeypatch):
+    def gmtime(seconds):
+        raise OverflowError("timestamp out of range for platform time_t")
+
+    monkeypatch.setattr(ts3d.time, "gmtime", gmtime)
+    (result,) = ts3d.read_webhook(b'{"alerts": [{"id": "abcd", "created_at": 9999999999999}]}')
+    assert "created_at" in result.message
+
+
 def test_what_is_not_utf_8_is_refused():
     for scrap in INVALID_UTF_8:
         for place in (*PLACES, '{"id": %s, "created_at": 0}', '{%s: 0, "id": "abcd", "created_at": 0}'):
