@@ -1,5 +1,6 @@
 """Nothing that was answered 200 is lost: kills, outages, clocks that jump, other processes, and many alerts."""
 
+import contextlib
 import json
 import random
 import re
@@ -222,8 +223,13 @@ def test_a_week_without_threat_stack(new_daemon, api, timeless, tmp_path, status
     assert daemon.post({"alerts": [alert(n) for n in range(5)]})[0] == 200
     until(lambda: len(timeless) == 5)
     clock.set("+0 x20000")
-    until(lambda: (health := daemon.health())["oldest_seconds"] > 8 * 86400 and health, 120)
-    assert (daemon.health()["queued"], daemon.health()["failed"]) == (5, 0)
+
+    def after_a_week():
+        with contextlib.suppress(OSError):  # a request may arrive too slowly: its hour takes 0.2 s
+            return (health := daemon.health())["oldest_seconds"] > 8 * 86400 and health
+
+    health = until(after_a_week, 120)
+    assert (health["queued"], health["failed"]) == (5, 0)
     clock.set("+9d x1")
     api.status = None
     until(lambda: len(timeless) == 10, 60)
