@@ -2756,7 +2756,7 @@ def tell_systemd(queue_: Queue, archiver: Archiver, late_before: list[str]) -> l
 
     Returns the names of the threads that are late; `late_before` are those of the last time.
     """
-    late = sorted(name for name, moment in MOVES_BY.items() if moment < time.monotonic())
+    late = sorted(name for name, moment in MOVES_BY.copy().items() if moment < time.monotonic())
     if late != late_before:
         log.error("threads that do not move: %s", ", ".join(late) or "none any more")
     try:
@@ -2841,7 +2841,7 @@ def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]
         # time-out of its own goes by the wall clock, and one that is set back would make it wait for as long.
         archiver.wake.set()
         queue_.stir()
-        refused = [{k: v for k, v in queue_.refused.items() if k != "bytes"}] if queue_.refused else []
+        refused = [{k: v for k, v in error.items() if k != "bytes"} for error in [queue_.refused] if error]
         queue_.obstacles = [json.dumps(error) for error in expired(archiver.config) + refused + archiver.held()]
         queue_.beat()
         if time.monotonic() >= next_word:

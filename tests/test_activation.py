@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import AWS, BUCKET, TOKEN, alert, until
@@ -286,6 +287,18 @@ def test_a_thread_that_does_not_move_starves_the_watchdog(told):
         finally:
             strace.kill()  # it would wait for the delay
     until(lambda: "WATCHDOG=1" in messages[-1])
+
+
+def test_a_thread_may_begin_while_the_others_are_looked_at(monkeypatch):
+    class Growing(dict):
+        def items(self):
+            for item in super().items():
+                self[f"worker-{len(self)}"] = 0.0
+                yield item
+
+    monkeypatch.setattr(ts3d, "MOVES_BY", Growing(queue=0.0))
+    queue = SimpleNamespace(counts=lambda: (0, 0, 0.0))
+    assert ts3d.tell_systemd(queue, SimpleNamespace(held=list), []) == ["queue"]
 
 
 def test_every_thread_says_that_it_moves(monkeypatch, tmp_path):
