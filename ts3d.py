@@ -859,20 +859,21 @@ class Queue:
         return self._write(run)
 
     def _put(self, db: sqlite3.Connection, arrivals: list[Arrival]) -> list[int]:
-        sql = "SELECT id, body, number, failed FROM jobs WHERE id IN (SELECT value FROM json_each(?))"
-        rows = db.execute(sql, (json.dumps([new.id for new in arrivals]),)).fetchall()
-        known: dict[tuple[str, bytes | None], tuple[int, int]] = {}
-        for id_, body, number, failed in sorted(rows, key=lambda row: -row[3]):  # one that has not failed counts
-            known[id_, body] = known[id_, None] = number, failed
+        sql = "SELECT DISTINCT id FROM jobs WHERE id IN (SELECT value FROM json_each(?))"
+        known = {row[0] for row in db.execute(sql, (json.dumps([new.id for new in arrivals]),))}  # seldom any
         numbers = []
         for new in arrivals:
-            number, failed = known.get((new.id, None if new.step == "backfill" else new.body), (0, 0))
+            number = failed = 0
+            if new.id in known:
+                sql = "SELECT number, failed FROM jobs WHERE id = ? AND (body = ? OR ?) ORDER BY failed LIMIT 1"
+                same = db.execute(sql, (new.id, new.body, new.step == "backfill")).fetchone()
+                number, failed = same or (0, 0)
             if failed:
                 db.execute(f"{self.ANEW} AND number = ?", (number,))
             elif not number:
                 sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
                 number = db.execute(sql, (new.id, new.minute, new.step, time.time(), new.body)).lastrowid or 0
-            known[new.id, new.body] = known[new.id, None] = number, 0
+                known.add(new.id)
             numbers.append(number)
         return numbers
 
@@ -1636,7 +1637,7 @@ class ThreatStack(Upstream):
             raise self.error("bad_answer", "the answer is not this alert's detail")
         is_error = "id" not in members and (members.get("errors") or members.get("status") == "error")
         if is_error or not (members or isinstance(value, list)):
-            raise self.error("bad_answer", "the answer is nothing, or an error with status 200")
+            raise self.error("bad_answer", "the answer is no object or list, is empty, or is an error with status 200")
         if path.endswith("/events") and members.get("token") is not None:
             log.warning("%s: there are more events than the API gives at once; the first are archived", path)
         return body
@@ -1682,16 +1683,14 @@ class ThreatStack(Upstream):
 
     def _dial(self, host: str, port: int) -> Wire:
         """Connect, with one deadline for all of the name's addresses, from when they are known on. Raises OSError."""
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         deadline = time.monotonic() + self.config.timeout
         while True:
-            family, kind, protocol, _, address = found.pop(0)
-            wire = Wire(socket.socket(family, kind, protocol), deadline, self.silence)
+            left = max(0.001, deadline - time.monotonic())
             try:
-                wire.arm().connect(address)
-                return wire
+                sock = socket.create_connection((found.pop(0), port), min(self.silence, left))
+                return Wire(sock, deadline, self.silence)
             except OSError:
-                wire.sock.close()
                 if not found:
                     raise
 
@@ -1820,8 +1819,8 @@ class S3(Upstream):
             raise ConfigError(f"{self.config.file}: [s3] {error}") from None
 
     @contextlib.contextmanager
-    def _errors(self, region: str | None = None) -> Iterator[None]:
-        """Raises what boto3 raises as UpstreamError; `region` is the client's."""
+    def _errors(self, client: Any = None) -> Iterator[None]:
+        """Raises what boto3, or this client of its, raises as UpstreamError."""
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
 
@@ -1832,13 +1831,13 @@ class S3(Upstream):
             metadata, problem, said = answer.get("ResponseMetadata", {}), answer.get("Error", {}), str(error)
             status = metadata.get("HTTPStatusCode", 0)
             cause = str(problem.get("Code") or status or type(error).__name__)
-            if cause in self.CREDENTIALS:
+            if client and self._client is client and cause in self.CREDENTIALS:
                 self._client = None  # botocore reads credentials from a file but once
             headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
             if headers:
                 self.clocks = (time.time(), headers.get("Date", ""))
             right = headers.get("X-Amz-Bucket-Region") or problem.get("Region")
-            if right and region and right != region:
+            if right and client and right != client.meta.region_name:
                 said = f"the bucket is in {right}: set [s3] region = {right}. {said}"
             refusal = self.error(cause, said, "all" if status in (0, 401, 429) else "some", retry_after(headers))
             refusal.status = status
@@ -1935,7 +1934,7 @@ class S3(Upstream):
     def _ask(self, operation: str, **parameters: Any) -> Any:
         """The answer to this operation on the bucket. Raises UpstreamError, ConfigError."""
         client, place = self.client(), f"{self.config.bucket}/{parameters.get('Key', '')}"
-        with self.logged(f"{operation} {place}") as said, self._errors(client.meta.region_name):
+        with self.logged(f"{operation} {place}") as said, self._errors(client):
             answer = getattr(client, operation)(Bucket=self.config.bucket, **parameters)
             metadata = answer["ResponseMetadata"]
             said.append(f"{metadata.get('HTTPStatusCode')} request={metadata.get('RequestId')}")
@@ -3048,16 +3047,16 @@ def moment(text: str) -> float:
         if match := re.fullmatch(f"([0-9]{{1,12}})([{''.join(TIME)}])", text):
             seconds = time.time() - int(match[1]) * TIME[match[2]]
         else:
-            text_ = f"{text}T00:00:00Z" if len(text) == len("2026-11-24") else text
-            match = RFC_3339.fullmatch(text_)
+            with_time = f"{text}T00:00:00Z" if len(text) == len("2026-11-24") else text
+            match = RFC_3339.fullmatch(with_time)
             when = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}")  # type: ignore[index]
-            seconds = when.timestamp() + float(re.match("[0-9.]+", text_[17:])[0])  # type: ignore[index]
-        if 0 <= seconds < YEAR_10000 / 1000:
-            return seconds
+            seconds = when.timestamp() + float(re.match("[0-9.]+", with_time[17:])[0])  # type: ignore[index]
     except (ValueError, TypeError, OverflowError):
-        pass
-    forms = "a time such as 2026-11-24T18:00:00Z, nor a date, nor an age such as 2h (s, m, h or d)"
-    raise argparse.ArgumentTypeError(f"{text!r} is neither {forms}, of the years 1970 to 9999")
+        what = "neither a time such as 2026-11-24T18:00:00Z, nor a date, nor an age such as 2h (s, m, h or d)"
+        raise argparse.ArgumentTypeError(f"{text!r} is {what}") from None
+    if not 0 <= seconds < YEAR_10000 / 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not within the years 1970 to 9999")
+    return seconds
 
 
 def rfc_3339(seconds: float) -> str:
@@ -3110,7 +3109,9 @@ class Backfill:
         began, tries = time.monotonic(), 0
         while True:
             try:
-                return function(*args)
+                result = function(*args)
+                self.note = ""
+                return result
             except (UpstreamError, QueueError) as error:
                 tries += 1
                 status, pause = getattr(error, "status", 0), getattr(error, "retry_after", 0.0)
@@ -3118,7 +3119,7 @@ class Backfill:
                 refused = (300 <= status < 500 and status != 408) or getattr(error, "cause", "") in S3.CREDENTIALS
                 if status == 429:  # for however long
                     began, why = time.monotonic(), "waiting: the rate of calls is limited"
-                elif isinstance(error, QueueFull) and self.queue.counts()[0]:  # there will be room, however late
+                elif isinstance(error, QueueFull) and self.drains():  # for however long
                     began, why = time.monotonic(), f"waiting: the queue is half full, or its disk is full {DOES_IT_RUN}"
                 elif refused or time.monotonic() + pause - began > PATIENCE:
                     self.problem = self.problem or error
@@ -3126,12 +3127,17 @@ class Backfill:
                 if self.problem:
                     raise self.problem from None
 
+    def drains(self) -> bool:
+        """Whether waiting makes room in the queue, as far as that can be read."""
+        with contextlib.suppress(QueueError):
+            return self.queue.counts()[0] > 0
+        return True
+
     def pause(self, seconds: float, why: str) -> None:
-        """Wait, and have that shown, unless the run is over."""
+        """Wait, and say why, unless the run is over."""
         self.note, end = why, time.monotonic() + seconds
         while not self.problem and time.monotonic() < end:
             nap(min(0.25, seconds))
-        self.note = ""
 
     def pages(self, since: str, until: str) -> Iterator[str]:
         """The list of alerts, page by page: the text of a JSON array each. Raises UpstreamError."""
@@ -3154,7 +3160,9 @@ class Backfill:
                     more = number not in ("null", '""', "false")
                     query["token"] = token if isinstance(token, str) else number
                 if not isinstance(alerts, list) or page in seen:
-                    raise self.threatstack.error("bad_answer", "the list of alerts is no list, or has no end")
+                    raise self.threatstack.error(
+                        "bad_answer", "the list of alerts is none, has no `alerts`, or has no end"
+                    )
                 seen.add(page)
                 if alerts:
                     yield literal

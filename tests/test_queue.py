@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import threading
 import time
+import tracemalloc
 
 import pytest
 from conftest import alert, until
@@ -124,6 +125,16 @@ def queue(tmp_path):
 
 def arrivals(*names):
     return [ts3d.Arrival(name, "2017/01/17/13/51", "webhooks", name.encode()) for name in names]
+
+
+def test_what_is_queued_with_an_id_is_not_read_whole_for_another_body(queue):
+    queue.put([ts3d.Arrival("same", "2017/01/17/13/51", "webhooks", bytes([n]) * 1_000_000) for n in range(40)])
+    tracemalloc.start()
+    try:
+        assert queue.put(arrivals("same")) == [41]
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_order_and_steps(queue):
