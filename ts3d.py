@@ -1679,7 +1679,8 @@ class ThreatStack(Upstream):
             raise self.error("broken_off", f"the answer broke off: {error}") from None
         finally:
             if wire := getattr(request, "wire", None):
-                wire.sock.close()
+                with contextlib.suppress(OSError):  # it is closed all the same (close(2))
+                    wire.sock.close()
 
     def _dial(self, host: str, port: int) -> Wire:
         """Connect, with one deadline for all of the name's addresses, from when they are known on. Raises OSError."""

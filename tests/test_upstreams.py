@@ -5,6 +5,7 @@ archived, with nothing failed, nothing lost and nobody's help.
 """
 
 import contextlib
+import errno
 import gzip
 import itertools
 import json
@@ -547,6 +548,23 @@ def test_the_deadline_is_for_all_of_a_names_addresses(unstarted, monkeypatch, sc
             threat_stack.get("/alerts/x")
         assert time.monotonic() - begin < 10
         assert len(asked) == 1
+
+
+def test_a_close_that_fails_spoils_no_answer(unstarted, monkeypatch, api):
+    class Socket(socket.socket):
+        def close(self):
+            super().close()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def connect(address, timeout):
+        sock = Socket()
+        sock.settimeout(timeout)
+        sock.connect(address)
+        return sock
+
+    threat_stack = ts3d.ThreatStack(unstarted(f"[threatstack]\nbase_url = {api.url}\napi_key = {threatstack.KEY}\n"))
+    monkeypatch.setattr(socket, "create_connection", connect)
+    assert threat_stack.get("/alerts/abcd") == threatstack.detail("abcd")
 
 
 def test_a_slow_resolver_takes_nothing_from_the_deadline(unstarted, monkeypatch, api):
