@@ -1566,7 +1566,9 @@ class ApiHandler(urllib.request.BaseHandler):
             connection.sock = request.wire = wire = self.dial(str(to.hostname), to.port or PORTS[to.scheme])
             if tls:
                 wire.sock = tls.wrap_socket(wire.arm(), server_hostname=to.hostname)
-            connection.request("GET", request.selector, headers={**request.headers, "Connection": "close"})
+            # http.client, which knows of no TLS here, would leave out a port of 80.
+            headers = {**request.headers, "Host": request.host, "Connection": "close"}
+            connection.request("GET", request.selector, headers=headers)
         except OSError as error:
             raise urllib.error.URLError(error) from None
         wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1

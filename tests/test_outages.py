@@ -352,7 +352,7 @@ def test_a_redirect_is_not_followed(new_daemon, s3, api):
     daemon = new_daemon(**QUICK)
     elsewhere = threatstack.Faulty()
     api.mode = lambda handler: handler.send(302, b"", [("Location", f"{elsewhere.url}/api/v1/alerts/alert-000000")])
-    daemon.post({"alerts": [alert(0)]})
+    assert error_of(daemon)["type"] == "threatstack_302"
     assert elsewhere.calls == []
     elsewhere.stop()
 
