@@ -21,7 +21,7 @@ import threatstack
 ROOT = Path(__file__).parent.parent
 TS3D = ROOT / "ts3d.py"
 BUCKET = "evidence"
-TOKEN = "open-sesame"
+TOKEN = "open-sesame-open-sesame"
 AWS = {
     "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
     "AWS_SECRET_ACCESS_KEY": "aws-secret-access-key",
