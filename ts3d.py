@@ -1,32 +1,31 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the ts3d authors. The licence's text is at the end of this file.
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["boto3>=1.26"]
 # ///
 """ts3d archives Threat Stack's alerts in AWS S3.
 
-It receives Threat Stack's webhooks, keeps each alert on disk before it answers, fetches the alert's detail from the
-Threat Stack API, and puts both into S3. An alert is acknowledged (200) once it is on disk, archived once it is in S3,
-and forgotten only then: whatever dies in between, an acknowledged alert reaches S3.
+The HTTP server (`Handler`) reads a webhook and checks each alert in it (`read_webhook`).
+`Queue.put` writes the alerts to SQLite and syncs the disk; only then does the answer, 200,
+acknowledge them. The `Archiver`'s worker threads put each alert into S3, get its detail from the
+Threat Stack API, put that into S3 too, and delete the job. A `CircuitBreaker` for each of the two
+upstreams stops calls during an outage. ts3d is crash-only: after an error that it cannot handle
+the process ends, and a restart continues with the queue. Delivery is at-least-once and idempotent.
 
-The file reads in the order in which an alert travels: configuration and log, webhook, queue, upstreams (Threat Stack
-and S3), archiver, HTTP, systemd, commands. README.md is its manual.
+The sections follow an alert: configuration, log, metrics, webhook, queue, circuit breaker, Threat
+Stack, S3, archiver, HTTP server, systemd, commands. README.md is the administrator's manual.
 """
 
-import argparse
 import base64
-import calendar
 import configparser
-import contextlib
-import errno
 import fcntl
-import functools
-import gc
 import hashlib
 import hmac
 import http.client
 import http.server
+import importlib.metadata
 import importlib.util
 import io
 import ipaddress
@@ -40,10 +39,8 @@ import random
 import re
 import resource
 import secrets
-import select
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import sys
@@ -51,1203 +48,1100 @@ import threading
 import time
 import traceback
 import urllib.error
-import urllib.parse
 import urllib.request
+import zlib
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate, parsedate_to_datetime
+from functools import partial
+from json import dumps
+from os import environ
+from os.path import dirname, exists, join
+from queue import SimpleQueue
+from re import fullmatch
+from sqlite3 import Connection
+from threading import Lock, Thread
+from time import monotonic
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
+from urllib.parse import parse_qs, quote, urlencode, urljoin, urlsplit
 
-VERSION = "0.1.0"
-T = TypeVar("T")
-Write = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]  # a part of a transaction, and what comes of it
-Refused = tuple[str, str | None, str]
-States = dict[int, tuple[str, str | None]]  # of queued jobs, by number: the step and the last error, which is JSON
+VERSION = "0.2.0"
 log = logging.getLogger("ts3d")
 
 
-def nap(seconds: float) -> None:
-    """As time.sleep, but relative: under libfaketime time.sleep's absolute end may be before the clock's beginning."""
-    select.select((), (), (), seconds)
-
-
-LONGEST_TURN = 20.0  # seconds of a thread's turn that calls no upstream: the queue waits for other processes for 10
-LONGEST_CALLS = 600.0  # seconds of one that does, beside Threat Stack's time-out: no dead upstream draws it out so far
-MOVES_BY: dict[str, float] = {}  # by thread: the moment (monotonic clock) before which it moves again
-
-
-def promise(seconds: float) -> None:
-    """Say that this thread moves again within so many seconds: systemd's watchdog is not fed while one is late."""
-    MOVES_BY[threading.current_thread().name] = time.monotonic() + seconds
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration: one table says what can be set; validation, messages and the test of ts3d.conf come from it
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Configuration: one table of options; defaults, validation and messages come from it
+# --------------------------------------------------------------------------------------------------
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; its text names file, option, value, cause and remedy. Exit code 78."""
+    """A configuration that cannot be used: where, why and what to do. Exit code 78."""
 
 
-def matching(pattern: str, meaning: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """A parser of options: `convert`s text that matches, and raises ValueError for any other."""
-
-    def parse(text: str) -> Any:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"not {meaning}")
-        return convert(text)
-
-    return parse
+Json = dict[str, Any]
+Parser = Callable[[str], Any]  # returns an option's value; raises ValueError
+PORT = "([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+TIME = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+SIZE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}  # bytes
 
 
-def number(low: float, high: float, units: dict[str, int]) -> Callable[[str], Any]:
-    """A parser of numbers with an optional unit, within low … high in the smallest one; raises ValueError."""
-    kind, fraction, of = (float, r"(\.[0-9]{1,6})?", " seconds") if units is TIME else (int, "", "")
-
-    def convert(text: str) -> Any:
-        value = kind(text.rstrip("".join(units))) * units.get(text[-1], 1)
-        if not low <= value <= high:
-            raise ValueError(f"not within {low:g} to {high:g}{of}")
-        return value
-
-    example = f", or one with {' '.join(units)} behind it" if units else ""
-    return matching(f"[0-9]{{1,12}}{fraction}({'|'.join(units)})?", f"a number{example}", convert)
+def matching(pattern: str, meaning: str, text: str) -> str:
+    """Return a text that matches `pattern`. Raises ValueError."""
+    if not fullmatch(pattern, text):
+        raise ValueError(f"not {meaning}")
+    return text
 
 
-TIME = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-SIZE = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-whole = matching("[0-9]{1,12}", "a whole number", int)
-boolean = matching("(?i:yes|no|true|false|on|off|1|0)", "yes or no", lambda t: t.lower() in ("yes", "true", "on", "1"))
-address = matching(
-    r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):[0-9]{1,5}",
-    "an address: write HOST:PORT, or [::1]:PORT for IPv6",
-    lambda text: (urllib.parse.urlsplit(f"//{text}").hostname, urllib.parse.urlsplit(f"//{text}").port),
+def number(units: dict[str, int], low: float, high: float, text: str) -> float:
+    """Return a number from `low` to `high`, of the type of `low`. Raises ValueError."""
+    match = fullmatch(r"(-?[0-9]{1,12}(?:\.[0-9]{1,6})?)([A-Za-z]?)", text)
+    if not match or match[2] not in units:
+        raise ValueError(f"not a number, or one with a unit ({' '.join(units)})")
+    value = float(match[1]) * units[match[2]]
+    if not low <= value <= high:
+        raise ValueError(f"not within {low:g} to {high:g}")
+    return type(low)(value)
+
+
+def boolean(text: str) -> bool:
+    """Return a yes or no. Raises ValueError."""
+    matching("(?i)yes|no|true|false|on|off|1|0", "yes or no", text)
+    return text.lower() in ("yes", "true", "on", "1")
+
+
+address = partial(
+    matching,
+    rf"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):{PORT}",
+    "an address. Write HOST:PORT, or [::1]:PORT for IPv6",
 )
-url = matching(
-    r"https?://([A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[!-\"$->@-~]*)?",
+url = partial(
+    matching,
+    r"https?://([A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*|\[[0-9A-Fa-f:.]+\])"
+    rf"(:{PORT})?(/[!-\"$->@-~]*)?",
     "a URL of the form https://HOST/PATH",
-    lambda text: (text.rstrip("/"), urllib.parse.urlsplit(text).port)[0],  # .port raises ValueError over 65535
 )
-word = matching("[!-~]+", "one word of visible ASCII characters")
-words = matching(r"\s*[!-~]+(\s*\n\s*[!-~]+)*\s*", "words of visible ASCII characters, one a line", str.split)
-level = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR", str.upper)
-key_prefix = matching(
+token = partial(
+    matching,
+    r"\s*[A-Za-z0-9._~+/=-]{16,}(\s+[A-Za-z0-9._~+/=-]{16,})*\s*",
+    "a token. It needs at least 16 characters, only of A-Z a-z 0-9 - . _ ~ + / =, because it must "
+    "fit into a URL as it is (RFC 6750). Write several one a line. Create: openssl rand -hex 32",
+)
+word = partial(matching, "[!-~]+", "one word of visible ASCII characters")
+level = partial(matching, "(?i)DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
+auth = partial(matching, "key|hawk", "key or hawk")
+key_prefix = partial(
+    matching,
     r"([^/\x00-\x1f\x7f]+(/[^/\x00-\x1f\x7f]+)*)?",
-    "a key prefix: no slash at either end, no empty part, no control character",
+    "a key prefix. Write it without a slash at either end, empty parts and control characters",
 )
-bucket_name = matching(
-    "[A-Za-z0-9._-]{3,255}|arn:[A-Za-z0-9:/_-]+", "a bucket: write its name alone, without s3:// and without a path"
+bucket_name = partial(
+    matching,
+    "[A-Za-z0-9._-]{3,255}|arn:[A-Za-z0-9:/._-]+",
+    "a bucket. Write its name alone, without s3:// and without a path",
 )
+seconds = partial(partial, number, TIME)
+size = partial(partial, number, SIZE)
+count = partial(partial, number, {"": 1})
 
-
-class Option(NamedTuple):
-    """One option of ts3d.conf: where it stands, how its text becomes a value, its default's text, what it means."""
-
-    section: str
-    name: str
-    parse: Callable[[str], Any]
-    default: str | None
-    help: str
-    secret: bool = False  # never shown, and NAME_file may name a file that holds it
-
-
-OPTIONS = (
-    Option("server", "listen", address, "127.0.0.1:8080", "HOST:PORT or [::1]:PORT to listen on"),
-    Option("server", "webhook_token", words, None, "secret that a webhook must present; several, one a line", True),
-    Option("server", "metrics_token", word, None, "secret for /metrics", True),
-    Option("server", "wait", number(0, 30, TIME), "2", "seconds an answer waits for S3; 0: not at all"),
-    Option("server", "max_body", number(1, 64 << 20, SIZE), "8M", "bytes of one webhook"),
-    Option("server", "request_timeout", number(0.1, 3600, TIME), "10", "seconds for a whole request to arrive"),
-    Option("server", "max_connections", number(1, 65536, {}), "1024", "connections held at once"),
-    Option("server", "tls_certificate", str, None, "PEM file: serve HTTPS with this certificate chain"),
-    Option("server", "tls_key", str, None, "PEM file: the certificate's key"),
-    Option("threatstack", "auth", matching("key|hawk", "key or hawk"), "key", "key (API v1) or hawk (API v2)"),
-    Option("threatstack", "base_url", url, None, "the API's URL; by default the one that goes with auth"),
-    Option("threatstack", "api_key", word, None, "the API's key", True),
-    Option("threatstack", "user_id", word, None, "Hawk's id", True),
-    Option("threatstack", "organization_id", word, None, "Hawk's ext; with auth = key the Organization header"),
-    Option("threatstack", "events", boolean, "yes", "with Hawk, archive contributing events too"),
-    Option("threatstack", "timeout", number(0.1, 3600, TIME), "30", "seconds for one call, whole"),
-    Option("s3", "bucket", bucket_name, None, "the bucket"),
-    Option("s3", "prefix", key_prefix, "", "prefix of every key, without a slash at either end"),
-    Option("s3", "region", word, None, "AWS region; by default where boto3 finds it"),
-    Option("s3", "endpoint_url", url, None, "S3 endpoint; by default where boto3 finds it"),
-    Option("queue", "path", str, None, "the SQLite file; by default in $STATE_DIRECTORY, else beside this file"),
-    Option("queue", "max_size", number(1, 1 << 50, SIZE), "1G", "bytes that queued alerts may take"),
-    Option("archive", "workers", number(0, 1024, {}), "16", "alerts archived at once; 0 only receives"),
-    Option("archive", "give_up_after", number(0, 10**9, TIME), "7d", "time that an alert may fail"),
-    Option("log", "level", level, "INFO", "least level that is logged"),
+# A secret is never shown, and NAME_file may name a file that holds it.
+Option = namedtuple("Option", "section name parse default help secret", defaults=[False])
+ROWS: tuple[tuple[Any, ...], ...] = (
+    ("server.listen", address, "127.0.0.1:8080", "HOST:PORT or [::1]:PORT to listen on"),
+    ("server.webhook_token", token, None, "secret that a webhook must present", True),
+    ("server.metrics_token", token, None, "secret for /metrics", True),
+    ("server.wait", seconds(0.0, 30), "2", "seconds an answer may wait for S3"),
+    ("server.max_body", size(1, 64 << 20), "8M", "bytes of one webhook"),
+    ("server.request_timeout", seconds(0.1, 3600), "10", "seconds for one request"),
+    ("server.keepalive_timeout", seconds(0.1, 86400), "5m", "seconds kept idle"),
+    ("server.max_connections", count(1, 65536), "1024", "connections held at once"),
+    ("server.tls_certificate", str, None, "PEM file: the certificate chain for HTTPS"),
+    ("server.tls_key", str, None, "PEM file: the certificate's private key"),
+    ("threatstack.auth", auth, "key", "API v1 or v2"),
+    ("threatstack.base_url", url, None, "the API's URL; the default depends on auth"),
+    ("threatstack.api_key", word, None, "the API key", True),
+    ("threatstack.user_id", word, None, "Hawk's id", True),
+    ("threatstack.organization_id", word, None, "Hawk's ext, or Organization header"),
+    ("threatstack.events", boolean, "yes", "with Hawk, archive contributing events too"),
+    ("threatstack.timeout", seconds(0.1, 3600), "30", "seconds for one call"),
+    ("s3.bucket", bucket_name, None, "the bucket"),
+    ("s3.prefix", key_prefix, "", "prefix of every key"),
+    ("s3.region", word, None, "AWS region; by default boto3's"),
+    ("s3.endpoint_url", url, None, "S3 endpoint; by default boto3's"),
+    ("queue.path", str, None, "the SQLite file"),
+    ("queue.max_size", size(1, 1 << 50), "1G", "bytes of queued alerts"),
+    ("archive.workers", count(0, 1024), "16", "alerts archived at once"),
+    ("archive.give_up_after", seconds(0.0, 10**9), "7d", "time an alert may fail"),
+    ("log.level", level, "INFO", "lowest level that is logged"),
 )
-PUT_OBJECT = "s3:put_object"  # this section's options are put_object's own parameters, not ts3d's
-OWN_PARAMETERS = re.compile("Bucket|Key|Body|Content(Type|Length|MD5)|Checksum.*")  # what ts3d sets itself
-ENVIRONMENT = {  # the tutorial's variables, by the option that they override
+OPTIONS = [Option(*name.split("."), *row) for name, *row in ROWS]
+PUT_OBJECT = "s3:put_object"  # this section's options are parameters of boto3's put_object
+OWN_PARAMETERS = re.compile("Bucket|Key|Body|Content(Type|Length|MD5)|Checksum.*")
+ENVIRONMENT = {  # the tutorial's variables, by the option that each overrides
     "base_url": "THREATSTACK_BASE_URL",
     "api_key": "THREATSTACK_API_KEY",
     "bucket": "TS_AWS_S3_BUCKET",
     "prefix": "TS_AWS_S3_PREFIX",
 }
-BASE_URLS = {"key": "https://app.threatstack.com/api/v1", "hawk": "https://api.threatstack.com/v2"}
-CONFIG_FILES = ("/etc/ts3d/ts3d.conf", os.path.join(os.path.dirname(os.path.realpath(__file__)), "ts3d.conf"))
-HOLD_BACK = 16 << 20  # bytes of disk that webhooks leave free, so that there is room to drain the queue
-DISK_FULL = f"the queue's disk has less than {HOLD_BACK >> 20}M free"
-SECRETS: list[str] = []  # what `redact` takes out of whatever is said
-
-
-def redact(text: str) -> str:
-    """`text` without any configured secret, also where another program quoted it in its error."""
-    for secret in sorted(SECRETS, key=len, reverse=True):  # one may contain another
-        text = text.replace(secret, "***")
-    return text
+BASE_URLS = {
+    "key": "https://app.threatstack.com/api/v1",
+    "hawk": "https://api.threatstack.com/v2",
+}
+CONFIG_FILES = (
+    "/etc/ts3d/ts3d.conf",
+    join(dirname(os.path.realpath(__file__)), "ts3d.conf"),
+)
+SECRETS: list[str] = []  # what `printable` removes
+# The options' values by name. Also `file` (path of ts3d.conf), `secrets` (the secrets' folder),
+# `put_object` (texts by parameter), `tls` (an SSLContext or None) and `changed` (options that are
+# not at their default, environment variables in effect).
+Config = SimpleNamespace
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean …?)` with the known name that is most like this one, or nothing."""
-    import difflib  # only a misspelt option needs it, and it is slow to import
+    """Return `. Did you mean …?` with the known name that is most like this one, or nothing."""
+    import difflib  # only a misspelt option needs it, and its import is slow
 
-    by_lower = {k.lower(): k for k in known}
-    return "".join(f" (did you mean {by_lower[k]}?)" for k in difflib.get_close_matches(name.lower(), by_lower, 1, 0.5))
-
-
-class Config(SimpleNamespace):
-    """The options' values by name, and `file` (its path), `put_object` (texts by parameter), `credentials`, `tls` …"""
-
-    def __repr__(self) -> str:
-        """Without the values: some are secrets."""
-        return f"Config({self.file!r})"
-
-    def require(self, *names: str) -> None:
-        """Raises ConfigError for the first of these options that is not set."""
-        for name in names:
-            if name in self.unset:
-                raise ConfigError(self.unset[name])
+    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f". Did you mean {close[0]}?" if close else ""
 
 
 def load_config(path: str) -> Config:
     """Read and check the configuration file and the environment. Raises ConfigError."""
-    sections, folder = read_ini(path), os.path.dirname(os.path.abspath(path))
-    config = Config(file=path, put_object=sections.get(PUT_OBJECT, {}), tls=None, certificate_ends=math.inf)
-    config.credentials = os.path.join(folder, os.environ.get("CREDENTIALS_DIRECTORY") or "secrets")
-    config.unset = {}  # what to say of options that are not set, where they are needed
-    aws = os.path.join(config.credentials, "aws_credentials")
-    # Also an empty one, and for ~/.aws/config too: commands run by hand are to find no others than the service finds.
-    if os.path.exists(aws) and "AWS_SHARED_CREDENTIALS_FILE" not in os.environ:
-        os.environ.update(AWS_SHARED_CREDENTIALS_FILE=aws, AWS_CONFIG_FILE=aws)
+    sections, folder = read_ini(path), dirname(os.path.abspath(path))
+    config = Config(file=path, tls=None, changed=[], put_object=sections.get(PUT_OBJECT, {}))
+    config.secrets = join(folder, environ.get("CREDENTIALS_DIRECTORY") or "secrets")
     for option in OPTIONS:
-        section, variable = sections.get(option.section, {}), ENVIRONMENT.get(option.name, "")
-        where, text = f"{path}: [{option.section}] {option.name}", section.get(option.name)
-        unset = f"{where} is not set: write it there" + (f" or set {variable}" if variable else "")
-        if os.environ.get(variable):
-            where, text = variable, os.environ[variable]
-        elif (name := section.get(f"{option.name}_file")) is not None:
-            if text is not None:
-                raise ConfigError(f"{where} and {option.name}_file are both set: keep one")
-            # What LoadCredential took it from.
-            unset = f"{where}: {os.path.join(folder, 'secrets', name)} is empty: write it there"
-            where = f"{where}_file = {name!r}"
-            file = os.path.join(config.credentials, name)
-            try:
-                with open(file, encoding="utf-8", newline="") as stream:
-                    text = stream.read().removesuffix("\n").removesuffix("\r")
-            except (OSError, UnicodeDecodeError) as error:
-                cause = getattr(error, "strerror", "not UTF-8")
-                raise ConfigError(f"{where}: cannot read {file}: {cause}") from None
-        if option.name == "webhook_token" and text == "":  # it would open the door
-            raise ConfigError(f"{where}: empty: write a secret there, or take the line away")
-        if text is None or (text == "" and option.default is None):
-            text = option.default
-        try:
-            setattr(config, option.name, None if text is None else option.parse(text))
-        except ValueError as error:
-            shown = "" if option.secret else f" = {text!r}"
-            raise ConfigError(f"{where}{shown}: {error}") from None
-        if not text:
-            config.unset[option.name] = unset
-        elif option.secret:
-            SECRETS.extend(text.split())
-    config.base_url = config.base_url or BASE_URLS[config.auth]
-    state = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    config.path = os.path.join(folder, config.path or os.path.join(state, "queue.db"))
+        load_option(config, option, sections.get(option.section, {}))
+    config.base_url = (config.base_url or BASE_URLS[config.auth]).rstrip("/")
+    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    config.path = join(folder, config.path or join(state, "queue.db"))
     if config.tls_certificate or config.tls_key:
         load_tls(config)
     return config
 
 
+def load_option(config: Config, option: Any, section: dict[str, str]) -> None:
+    """Set one option from the environment, the file or its default. Raises ConfigError."""
+    where = f"{config.file}: [{option.section}] {option.name}"
+    text, file = section.get(option.name), section.get(f"{option.name}_file")
+    variable = ENVIRONMENT.get(option.name, "")
+    if environ.get(variable):
+        text, where = environ[variable], f"{variable} (environment)"
+    elif file is not None:
+        if text is not None:
+            raise ConfigError(f"{where} and {option.name}_file are both set. Remove one")
+        where, path = f"{where}_file = {file!r}", join(config.secrets, file)
+        try:
+            with open(path, encoding="utf-8") as stream:
+                text = stream.read().strip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: {error}. Write {path}") from None
+    if option.name == "webhook_token" and text == "":  # every client would be admitted
+        raise ConfigError(f"{where}: empty. Write a token there, or remove the line")
+    if text and text != option.default:
+        config.changed.append(where.removeprefix(f"{config.file}: "))
+    text = text or option.default
+    value = None
+    try:
+        if text is not None:
+            value = option.parse(text)
+        refuse_quotes(text or "")
+    except ValueError as error:
+        shown = "" if option.secret else f" = {text!r}"
+        raise ConfigError(f"{where}{shown}: {error}") from None
+    setattr(config, option.name, value)
+    if option.secret:  # a shorter secret would be found by chance, and reveal itself so
+        SECRETS.extend(secret for secret in (text or "").split() if len(secret) >= 8)
+
+
+def refuse_quotes(text: str) -> None:
+    """Raise ValueError for quotes and comments, which an INI file takes for parts of the value."""
+    if fullmatch(r"(?s)\s*([\"']).*\1\s*|.*\s[#;].*", text):
+        raise ValueError("a value has no quotes around it and no comment behind it. Remove them")
+
+
+def require(config: Config, *names: str) -> None:
+    """Raise ConfigError for the first of these options that is not set."""
+    for option in OPTIONS:
+        if option.name in names and not getattr(config, option.name):
+            raise ConfigError(
+                f"{config.file}: [{option.section}] {option.name} is not set. Set it there, or "
+                f"write the file that {option.name}_file names, in secrets/ beside it"
+            )
+
+
 def read_ini(path: str) -> dict[str, dict[str, str]]:
-    """The file's sections and options, names checked against the table. Raises ConfigError."""
-    # No interpolation: keys hold `%`. No default section: it would leak into all others. Names keep their case.
+    """Return the file's sections, with names checked against OPTIONS. Raises ConfigError."""
+    # No interpolation: keys contain `%`. No default section: its options would be in all others.
     parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keep upper case
     try:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror} (-c FILE names another)") from None
+        raise ConfigError(f"{path}: {error.strerror}. Name another file with -c FILE") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-    except configparser.Error as error:  # its own text may quote the line, and that hold a secret
+    except configparser.Error as error:  # its own text may quote the line, and so a secret
         line = getattr(error, "lineno", None) or getattr(error, "errors", [[1]])[0][0]
-        what = "not `option = value` in a [section]"
-        if section := getattr(error, "section", None):
-            what = f"[{section}] {getattr(error, 'option', '')}".strip() + " is there twice"
-        raise ConfigError(f"{path}: line {line}: {what}") from None
+        raise ConfigError(
+            f"{path}: line {line}: write each `option = value` once, below a [section]"
+        ) from None
     sections = {section: dict(parser[section]) for section in parser.sections()}
-    if own := next(filter(OWN_PARAMETERS.fullmatch, sections.get(PUT_OBJECT, ())), None):
-        raise ConfigError(f"{path}: [{PUT_OBJECT}] {own}: ts3d sets this itself")
     for section, options in sections.items():
-        known = [n for o in OPTIONS if o.section == section for n in (o.name, f"{o.name}_file")[: 1 + o.secret]]
-        if not known and section != PUT_OBJECT:
-            likely = nearest(section, [PUT_OBJECT, *(option.section for option in OPTIONS)])
-            raise ConfigError(f"{path}: unknown section [{section}]{likely}")
-        for name in options:
-            if known and name not in known:
-                # What looks like no name may be a line of a secret that is not indented.
-                shown = name if re.fullmatch("[A-Za-z_]{1,30}", name) else "in a line that is not indented, or misspelt"
-                raise ConfigError(f"{path}: [{section}] unknown option {shown}{nearest(name, known)}")
+        check_names(path, section, options)
     return sections
 
 
+def check_names(path: str, section: str, options: Iterable[str]) -> None:
+    """Raise ConfigError for an unknown section or option."""
+    known: dict[str, list[str]] = {PUT_OBJECT: []}
+    for option in OPTIONS:
+        known.setdefault(option.section, []).append(option.name)
+        if option.secret:
+            known[option.section].append(f"{option.name}_file")
+    if section not in known:
+        raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, known)}")
+    for name in options:
+        if section == PUT_OBJECT and OWN_PARAMETERS.fullmatch(name):
+            raise ConfigError(f"{path}: [{section}] {name}: ts3d sets this itself. Remove it")
+        if section != PUT_OBJECT and name not in known[section]:
+            likely = nearest(name, known[section])
+            # What does not look like a name may be a secret's second line that is not indented.
+            if not fullmatch("[A-Za-z_]{1,30}", name):
+                name = "in a line that is not indented, or misspelt"
+            raise ConfigError(f"{path}: [{section}] unknown option {name}{likely}")
+
+
 def load_tls(config: Config) -> None:
-    """Make `tls`, the context of tls_certificate and tls_key, and note when it ends. Raises ConfigError."""
-    config.require("tls_certificate", "tls_key")
-    files = [os.path.join(config.credentials, name) for name in (config.tls_certificate, config.tls_key)]
+    """Make `tls`, the context for tls_certificate and tls_key. Raises ConfigError."""
+    require(config, "tls_certificate", "tls_key")
+    certificate = join(config.secrets, config.tls_certificate)
+    key = join(config.secrets, config.tls_key)
     config.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     config.tls.minimum_version = ssl.TLSVersion.TLSv1_2
+    config.tls.sslsocket_class = DeadlineSSLSocket
     try:
-        config.tls.load_cert_chain(files[0], files[1], password="")  # a key with a password fails, and asks for none
-        config.certificate_ends = certificate_ends(files[0])
-    except (ssl.SSLError, OSError) as error:
-        cause = getattr(error, "reason", None) or error.strerror
-        where = f"{config.file}: [server] tls_certificate, tls_key: {', '.join(files)}"
-        raise ConfigError(f"{where}: no readable PEM pair: {cause}") from None
+        # With a password an encrypted key fails, instead of asking the terminal for one.
+        config.tls.load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{config.file}: [server] tls_certificate = {certificate}, tls_key = {key}: {error}. "
+            "Both must be PEM files: the certificate chain, and its key without a password"
+        ) from None
 
 
-def certificate_ends(path: str) -> float:
-    """When the first certificate of a PEM file ends (seconds since the epoch), NaN where it does not say.
-
-    The ssl module tells that of others' certificates alone. Here is what DER makes of its validity: a sequence of two
-    times, each with two or four digits for the year (RFC 5280, section 4.1.2.5). Raises OSError.
-    """
-    with open(path, encoding="latin-1") as file:
-        pem = re.search("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----", file.read())
-    time_of = rb"(?:\x17\x0d|\x18\x0f([0-9]{2}))([0-9]{12})Z"
-    found = pem and re.search(rb"\x30." + time_of + time_of, ssl.PEM_cert_to_DER_cert(pem[0]), re.DOTALL)
-    if not found:
-        return math.nan
-    century = found[3] or (b"20" if found[4] < b"50" else b"19")
-    return calendar.timegm(time.strptime((century + found[4]).decode(), "%Y%m%d%H%M%S"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Log
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+# journald adds the time itself, and reads the level from sd-daemon(3)'s prefix
+PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
 
-class LineFormatter(logging.Formatter):
-    """One line a record: no secret, no traceback, no control character that would forge a line or drive a terminal."""
+def start_log(lowest: str) -> None:
+    """Log to standard error, from this level on."""
+    handler = logging.StreamHandler()
+    handler.format = log_line  # type: ignore[method-assign]
+    logging.raiseExceptions = False  # a log that cannot be written must not end what is logged
+    # Other libraries from WARNING on: botocore's DEBUG lines have signatures and bodies.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log.setLevel(lowest.upper())
 
-    # journald takes the time itself, and the level as sd-daemon(3)'s prefix
-    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The record's line."""
-        text = printable(redact(record.getMessage()))
-        if in_journal():
-            return f"<{self.PRIORITIES.get(record.levelname, 6)}>{text}"
-        return f"{self.formatTime(record)} {record.levelname} {text}"
+def log_line(record: logging.LogRecord) -> str:
+    """Return a record as one line."""
+    text = printable(record.getMessage())
+    if in_journal():
+        return f"<{PRIORITIES.get(record.levelname, 6)}>{text}"
+    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+    return f"{moment},{record.msecs:03.0f} {record.levelname} {text}"
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and line separators escaped."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: f"\\x{ord(match[0]):02x}", text)
+    """Return `text` without secrets, which others may quote, and control characters."""
+    for secret in sorted(SECRETS, key=len, reverse=True):  # one may contain another
+        text = text.replace(secret, "***")
+    control = "[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+    return re.sub(control, lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def in_journal() -> bool:
-    """Whether standard error is the journal: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    """Return whether standard error is the journal. Source: systemd.exec(5), $JOURNAL_STREAM."""
     stat = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+    return environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
 
-def start_log(level: str) -> None:
-    """Log to standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter())
-    # What no line says is not looked for (the logging HOWTO's "Optimization").
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.raiseExceptions = False  # a log that cannot be written must not end what is logged
-    # Other libraries speak from WARNING on: botocore's DEBUG shows signatures and bodies.
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    log.setLevel(level)
+def log_event(severity: int, message: str, **fields: Any) -> None:
+    """Log a message and its fields, as `key=value` (logfmt); fields that are None are left out."""
+    if not log.isEnabledFor(severity):
+        return
+    for name, value in fields.items():
+        if value is None:
+            continue
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        if not text or re.search(r'[\s"=]', text):
+            text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        message += f" {name}={text}"
+    log.log(severity, "%s", message)
 
 
-def describe(error: BaseException) -> str:
-    """An exception in one line: its class, its text, which alone may be empty, and where in this file it passed."""
-    lines = [str(frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
-    return f"{type(error).__name__}: {error}" + (f" (ts3d.py:{'>'.join(lines)})" if lines else "")
+debug = partial(log_event, logging.DEBUG)
+info = partial(log_event, logging.INFO)
+warning = partial(log_event, logging.WARNING)
+log_error = partial(log_event, logging.ERROR)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def explain(error: BaseException) -> str:
+    """Return an error in words; of an unexpected error also its lines in this file."""
+    expected = (ConfigError, QueueError, UpstreamError, ArgumentTypeError, OSError, RuntimeError)
+    if isinstance(error, expected):
+        return str(error)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
+    return f"internal error: {error!r} (lines {lines}). Report it"
+
+
+# --------------------------------------------------------------------------------------------------
 # Metrics: counted where it happens, shown by GET /metrics
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 METRICS = {  # type and help, by name; https://prometheus.io/docs/practices/naming/
-    "ts3d_build_info": ("gauge", "Always 1; the labels say what runs."),
-    "ts3d_webhooks_total": ("counter", "Webhooks answered, by HTTP status."),
-    "ts3d_alerts_received_total": ("counter", "Alerts that came by webhook and are on disk."),
-    "ts3d_alerts_archived_total": ("counter", "Alerts of which all is in S3."),
-    "ts3d_alerts_rejected_total": ("counter", "Alerts in webhooks that are not valid."),
-    "ts3d_alerts_failed_total": ("counter", "Alerts set aside as failed."),
-    "ts3d_acknowledgement_seconds": ("summary", "From a webhook's first byte until its alerts are on disk."),
-    "ts3d_archive_seconds": ("summary", "From an alert's arrival until all of it is in S3."),
-    "ts3d_retries_total": ("counter", "Failures after which an alert is tried again, by upstream and cause."),
-    "ts3d_upstream_held": ("gauge", "1 while nothing but a probe is sent to the upstream, because it fails."),
-    "ts3d_queue_depth": ("gauge", "Alerts queued."),
-    "ts3d_queue_failed": ("gauge", "Alerts set aside as failed, until they are tried again."),
-    "ts3d_queue_oldest_age_seconds": ("gauge", "Age of the oldest alert that is queued."),
-    "ts3d_queue_size_bytes": ("gauge", "Disk that the queue takes."),
-    "ts3d_queue_max_size_bytes": ("gauge", "Disk that the queue may take: [queue] max_size."),
-    "ts3d_queue_disk_free_bytes": ("gauge", "Room on the queue's disk; webhooks are refused below 16M."),
-    "ts3d_tls_certificate_end_timestamp_seconds": ("gauge", "When the certificate of [server] tls_certificate ends."),
-    "process_start_time_seconds": ("gauge", "When the process started, in seconds since the epoch."),
+    "ts3d_build_info": "gauge Always 1; the labels name versions.",
+    "ts3d_webhooks_total": "counter Webhooks answered, by HTTP status.",
+    "ts3d_alerts_received_total": "counter Alerts that came by webhook and were queued.",
+    "ts3d_alerts_archived_total": "counter Alerts archived in S3.",
+    "ts3d_alerts_rejected_total": "counter Invalid alerts in webhooks.",
+    "ts3d_alerts_failed_total": "counter Alerts marked failed.",
+    "ts3d_acknowledgement_seconds": "summary From a webhook's first byte until it is queued.",
+    "ts3d_archive_seconds": "summary From an alert's arrival until it is archived.",
+    "ts3d_retries_total": "counter Failed tries after which an alert is retried.",
+    "ts3d_upstream_unavailable": "gauge 1 while the upstream's circuit breaker is open.",
+    "ts3d_queue_depth": "gauge Alerts queued.",
+    "ts3d_queue_failed": "gauge Alerts marked failed and not retried yet.",
+    "ts3d_queue_oldest_age_seconds": "gauge Age of the oldest queued alert.",
+    "ts3d_queue_size_bytes": "gauge Bytes that queued and failed alerts take.",
+    "ts3d_queue_max_size_bytes": "gauge [queue] max_size.",
+    "ts3d_queue_disk_free_bytes": "gauge Free bytes for the queue; 503 below 16M.",
+    "process_start_time_seconds": "gauge Start time of the process since the epoch.",
 }
-Samples = dict[str, dict[str, float]]  # by a sample's name: values by labels, as Prometheus writes them
+QUEUE_METRICS = [name for name in METRICS if name.startswith("ts3d_queue")]  # of Queue.facts
+STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
+# Values by sample, and by labels as Prometheus writes them. A rate needs the 0 before the 1.
+METRIC_VALUES: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+METRIC_VALUES["ts3d_webhooks_total"].update({f'{{status="{n}"}}': 0 for n in STATUSES})
+METRIC_VALUES["ts3d_retries_total"].update({'{upstream="s3"}': 0, '{upstream="threatstack"}': 0})
+METRIC_VALUES["ts3d_build_info"][f'{{version="{VERSION}",python="{sys.version.split()[0]}"}}'] = 1
+METRIC_VALUES["process_start_time_seconds"][""] = time.time()
+METRICS_LOCK = Lock()
 
 
-class Metrics:
-    """What is counted since the start of the process."""
-
-    MOST_LABELS = 200  # causes are other programs' words: more of them are counted as "other"
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        build = labels_text(version=VERSION, python=sys.version.split()[0], sqlite=sqlite3.sqlite_version)
-        self._samples: Samples = {"ts3d_build_info": {build: 1}, "process_start_time_seconds": {"": time.time()}}
-        for name, (kind, _) in METRICS.items():  # a rate needs to see the 0 before the 1
-            if kind == "summary":
-                self.observe(name, 0, 0)
-            elif name.startswith("ts3d_alerts_"):
-                self.count(name, 0)
-        for status in (200, 400, 401, 405, 408, 413, 431, 500, 503):
-            self.count("ts3d_webhooks_total", 0, status=status)
-
-    def count(self, name: str, amount: float = 1, **labels: Any) -> None:
-        """Add to a counter."""
-        with self._lock:
-            values = self._samples.setdefault(name, {})
-            if (text := labels_text(**labels)) not in values and len(values) >= self.MOST_LABELS:
-                text = labels_text(**dict.fromkeys(labels, "other"))
-            values[text] = values.get(text, 0) + amount
-
-    def observe(self, name: str, seconds: float, times: int = 1) -> None:
-        """Add to a summary."""
-        self.count(f"{name}_sum", seconds)
-        self.count(f"{name}_count", times)
-
-    def show(self, gauges: Samples) -> str:
-        """All metrics in Prometheus's text format, with these gauges.
-
-        https://prometheus.io/docs/instrumenting/exposition_formats/
-        """
-        with self._lock:
-            samples = {name: dict(values) for name, values in self._samples.items()} | gauges
-        lines = []
-        for name, (kind, help_) in METRICS.items():
-            family = (name, f"{name}_sum", f"{name}_count")
-            rows = [f"{n}{labels} {value:.15g}\n" for n in family for labels, value in samples.get(n, {}).items()]
-            lines += [f"# HELP {name} {help_}\n", f"# TYPE {name} {kind}\n", *rows]
-        return "".join(lines)
+def add(name: str, amount: float = 1, label: str = "") -> None:
+    """Add to a counter; `label` as Prometheus writes it."""
+    with METRICS_LOCK:
+        METRIC_VALUES[name][label] += amount
 
 
-def labels_text(**labels: Any) -> str:
-    """Labels as Prometheus writes them; the values hold nothing that would have to be escaped."""
-    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}" if labels else ""
+def metrics_text() -> str:
+    """Return all metrics in Prometheus's text format.
+
+    Source: https://prometheus.io/docs/instrumenting/exposition_formats/
+    """
+    lines = []
+    for name, described in METRICS.items():
+        kind, _, explanation = described.partition(" ")
+        lines += [f"# HELP {name} {explanation}\n# TYPE {name} {kind}\n"]
+        samples = [f"{name}_sum", f"{name}_count"] if kind == "summary" else [name]
+        for sample in samples:
+            values = METRIC_VALUES[sample] or {"": 0}
+            for label, value in list(values.items()):
+                lines.append(f"{sample}{label} {value:.15g}\n")
+    return "".join(lines)
 
 
-metrics = Metrics()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Webhook: from a body to alerts, each with its own bytes
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Webhook: from a body to jobs, each with its alert's own bytes
+# --------------------------------------------------------------------------------------------------
 
 
 class Malformed(Exception):
-    """A body that is no webhook; its text names the member or the place, and the cause."""
+    """A webhook or alert that is not valid: member or place, and cause; `id` if it has one."""
+
+    def __init__(self, text: str, id_: str | None = None) -> None:
+        super().__init__(text)
+        self.id = id_
 
 
 @dataclass
-class Arrival:
-    """What is to be archived: `step` names the first object to write, `minute` is UTC as YYYY/MM/DD/HH/MM."""
+class Job:
+    """An alert to archive, or a rejected body.
+
+    `minute` is YYYY/MM/DD/HH/MM in UTC. `source` says which objects it consists of, `step` which of
+    them is next. `due` and `failed_at` are times of the monotonic clock, `received` and
+    `error_since` seconds since the epoch. `failing` and `not_found` are seconds that count towards
+    give_up_after. A job that was taken from the queue has no `body`.
+    """
 
     id: str
     minute: str
+    source: str
     step: str
-    body: bytes
+    body: bytes = b""
+    number: int = 0
+    received: float = 0
+    due: float = 0
+    tries: int = 0
+    failing: float = 0
+    not_found: float = 0
+    failed_at: float = 0
+    error_type: str | None = None
+    error_message: str | None = None
+    error_since: float | None = None
+    failed: bool = False
+    done: bool = False  # archived: delete it
+    probe: bool = False  # it may call an upstream whose circuit breaker is open
+
+    @property
+    def lane(self) -> str:
+        """Return what the column `lane` says: jobs of one lane are taken in the order of `due`."""
+        if self.step in ("webhooks", "rejected"):
+            return "store"
+        return "backfill" if self.source == "backfill" else "detail"
 
 
-@dataclass
-class Rejected:
-    """An alert of a webhook that is not to be archived; `id` is None where it has none."""
-
-    id: str | None
-    message: str
+def refuse_constant(name: str) -> None:
+    """Refuse NaN, Infinity and -Infinity, which Python's parser accepts."""
+    raise ValueError(f"{name} is not a JSON number (RFC 8259, section 6)")
 
 
-def no_constant(name: str) -> None:
-    """Refuse what Python takes for a number and RFC 8259 does not: NaN, Infinity, -Infinity."""
-    raise ValueError(f"{name} is no JSON number (RFC 8259, section 6)")
-
-
-# An object is a tuple of its members, also of those that are there twice. int() of 100,000 digits would take long.
-JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_int=float, parse_constant=no_constant)
-BETWEEN = re.compile(r"[ \t\n\r,:]*")  # what stands between the values of a text that is known to be JSON
-MAX_ALERTS = 10_000  # in one webhook: each costs memory here, and a place in the answer
+# An object becomes a tuple of its members: a dict would hide a member that is there twice. Numbers
+# become floats: int() of 100,000 digits takes long.
+JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_int=float, parse_constant=refuse_constant)
+SEPARATORS = re.compile(r"[ \t\n\r,:]*")  # between the values of a text that is known to be JSON
+CONSTANT = re.compile(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)')
+MAX_ALERTS = 10_000  # in one webhook: each takes memory, and a place in the answer
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
-RFC_3339 = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9]):(?:[0-5][0-9]|60)(?:\.[0-9]+)?"
-    r"(?:[Zz]|([+-](?:[01][0-9]|2[0-3]):[0-5][0-9]))"
-)
-YEAR_10000 = 253_402_300_800_000  # milliseconds
+SECONDS_BELOW = 10**11  # a smaller `created_at` is seconds, not milliseconds: 10^11 ms is in 1973
+YEAR_10000 = 253_402_300_800  # seconds
 
 
 def read_json(body: bytes) -> tuple[str, Any]:
-    """The text, bare of blanks, and the value (see `JSON`) of a JSON text as RFC 8259 has it. Raises Malformed."""
+    """Return a JSON text (RFC 8259), stripped, and its value. Raises Malformed."""
     try:
         text = body.decode()
         return text.strip(" \t\n\r"), JSON.decode(text)
     except UnicodeDecodeError as error:
         raise Malformed(f"not JSON: byte {error.start} is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise Malformed(f"not JSON: line {error.lineno} column {error.colno}: {error.msg}") from None
     except RecursionError:
-        raise Malformed("not JSON that is read here: nested too deeply") from None
+        raise Malformed("not JSON that ts3d reads: nested too deeply") from None
     except ValueError as error:
-        member = re.search(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)', text)
-        raise Malformed(f"not JSON: {member[1] + ': ' if member else ''}{error}") from None
+        match = CONSTANT.search(text)
+        member = f"{match[1]}: " if match else ""
+        raise Malformed(f"not JSON: {member}{error}") from None
 
 
-def parts(text: str) -> Iterator[tuple[str, Any, str]]:
-    """Name, value and literal text of each member of the object, or element of the array, that `text` is.
+def literals(text: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield name, value and literal text of each member of an object, or element of an array.
 
-    The text is known to be valid JSON (`read_json`). The json module gives values, but not where they stood.
+    `text` is known to be JSON. The json module returns values, but not where they were.
     """
     name, end = "", 1
-    while text[at := BETWEEN.match(text, end).end()] not in "]}":  # type: ignore[union-attr]
+    while text[at := SEPARATORS.match(text, end).end()] not in "]}":  # type: ignore[union-attr]
         if text[0] == "{":
             name, end = JSON.raw_decode(text, at)
-            at = BETWEEN.match(text, end).end()  # type: ignore[union-attr]
+            at = SEPARATORS.match(text, end).end()  # type: ignore[union-attr]
         value, end = JSON.raw_decode(text, at)
         yield name, value, text[at:end]
 
 
-def read_webhook(body: bytes) -> list[Arrival | Rejected]:
-    """Each alert of `{"alerts": [ALERT, …]}`, or of one bare ALERT, judged by itself. Raises Malformed."""
+def literal_of(text: str, wanted: str) -> str:
+    """Return the literal text of a member's value; the object is known to have the member."""
+    return next(literal for name, _, literal in literals(text) if name == wanted)
+
+
+def read_webhook(body: bytes) -> list[Job | Malformed]:
+    """Read `{"alerts": [ALERT, …]}` or one bare ALERT, each alert by itself. Raises Malformed."""
     text, value = read_json(body)
     if not isinstance(value, tuple):
         raise Malformed("neither an object with `alerts` nor an alert")
     names = [name for name, _ in value]
     if "alerts" not in names:
-        return [read_alert(text, value, "")]
-    if "id" in names and "created_at" in names:
-        raise Malformed("alerts: beside id and created_at: one alert, or many?")
+        return [read_alert(text, value)]
     alerts = dict(value)["alerts"]
+    if "id" in names and "created_at" in names:
+        raise Malformed("alerts: beside id and created_at. Send one alert, or a list")
     if not isinstance(alerts, list):
         raise Malformed("alerts: not a list")
     if len(alerts) > MAX_ALERTS:
-        raise Malformed(f"alerts: over {MAX_ALERTS}")
+        raise Malformed(f"alerts: over {MAX_ALERTS}. Send fewer at once")
     if names.count("alerts") > 1:
         raise Malformed("alerts: there twice")
-    found = enumerate(parts(literal_of(text, "alerts")))
-    return [read_alert(literal, alert, f"alerts[{i}].") for i, (_, alert, literal) in found]
+    results = []
+    try:
+        for i, (_, alert, literal) in enumerate(literals(literal_of(text, "alerts"))):
+            results.append(read_alert(literal, alert, f"alerts[{i}]"))
+    except RecursionError:  # at one exact depth the whole can be read, and its parts cannot
+        raise Malformed("not JSON that ts3d reads: nested too deeply") from None
+    return results
 
 
 def read_alert(
-    text: str, alert: Any, place: str, time_of: str = "created_at", step: str = "webhooks"
-) -> Arrival | Rejected:
-    """One alert, given its text and value, what comes before its members' names in messages, and its time's name."""
+    text: str, alert: Any, place: str = "", time_name: str = "created_at", source: str = "webhooks"
+) -> Job | Malformed:
+    """Return the job of one alert, given as text and value, or what is invalid in it.
+
+    `place` says where it is, `time_name` names the member with its time.
+    """
     if not isinstance(alert, tuple):
-        return Rejected(None, f"{place.rstrip('.')}: not an object")
-    ids, times = ([value for name, value in alert if name == wanted] for wanted in ("id", time_of))
-    id_ = next((value[:200] for value in ids if isinstance(value, str)), None)
-    for name, values in (("id", ids), (time_of, times)):
-        if len(values) != 1:
-            return Rejected(id_, f"{place}{name}: {'there twice' if values else 'missing'}")
-    if id_ is None or not ALERT_ID.fullmatch(id_):
-        return Rejected(id_, f"{place}id: {excerpt(text, 'id')} is not 4 to 128 of A-Z a-z 0-9 _ -")
-    try:
-        return Arrival(id_, minute_of(times[0]), step, text.encode())
-    except (ValueError, OverflowError) as error:  # gmtime's, where 2038 is the end
-        return Rejected(id_, f"{place}{time_of}: {excerpt(text, time_of)} {error}")
+        return Malformed(f"{place}: not an object")
+    names, members = [name for name, _ in alert], dict(alert)
+    id_ = members.get("id")
+    shown = id_[:200] if isinstance(id_, str) else ""
+    for name in ("id", time_name):
+        label = f"{place}.{name}".lstrip(".")
+        if names.count(name) != 1:
+            cause = "there twice" if name in names else "missing"
+            return Malformed(f"{label}: {cause}", shown or None)
+        literal = literal_of(text, name)
+        if len(literal) > 60:
+            literal = literal[:57] + "..."
+        try:
+            if name != "id":
+                minute = minute_of(read_time(members[name]))
+            elif id_ != shown or not ALERT_ID.fullmatch(shown):
+                raise ValueError("is not 4 to 128 of A-Z a-z 0-9 _ -")
+        except ValueError as error:
+            return Malformed(f"{label}: {printable(literal)} {error}", shown or None)
+    return Job(shown, minute, source, source, text.encode())
 
 
-def literal_of(text: str, name: str) -> str:
-    """The text of the value of an object's member."""
-    return next(literal for found, _, literal in parts(text) if found == name)
+def read_time(value: Any) -> float:
+    """Return the seconds since the epoch that `created_at` says. Raises ValueError.
 
-
-def excerpt(text: str, name: str) -> str:
-    """The value of an object's member as it was written, shortened for a message."""
-    literal = literal_of(text, name)
-    return printable(literal if len(literal) <= 60 else literal[:57] + "...")
-
-
-def minute_of(value: Any) -> str:
-    """`YYYY/MM/DD/HH/MM`, UTC, of milliseconds since the epoch or of an RFC 3339 time. Raises ValueError."""
-    if isinstance(value, float) or (isinstance(value, str) and re.fullmatch("[0-9]+", value)):
-        seconds = float(value) // 1000  # exact up to 2^53 ms, which is beyond the year 9999
-    elif isinstance(value, str) and (match := RFC_3339.fullmatch(value)):
-        # Without the seconds: a leap second's 60 (section 5.7) is unknown to datetime.
-        seconds = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}").timestamp()
-    else:
-        raise ValueError("is neither milliseconds since the epoch nor an RFC 3339 time")
-    if not 0 <= seconds < YEAR_10000 / 1000:
+    It is a number or a string of digits, in milliseconds or, below 10^11, in seconds; or an ISO
+    8601 time, which is UTC if it names no zone.
+    """
+    if isinstance(value, str) and fullmatch("[0-9]+", value):
+        value = float(value)
+    if isinstance(value, str) and re.match("[0-9]{4}-[0-9]{2}-[0-9]{2}.", value):
+        text = re.sub("(:[0-9]{2}):60", r"\1:59", value.upper())  # RFC 3339, 5.7: a leap second
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            raise ValueError("is not an ISO 8601 time such as 2026-11-24T18:00:07Z") from None
+        value = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+    elif not isinstance(value, float):
+        raise ValueError("is neither milliseconds since the epoch nor an ISO 8601 time")
+    elif value >= SECONDS_BELOW:
+        value = value / 1000
+    if not 0 <= value < YEAR_10000:
         raise ValueError("is not within the years 1970 to 9999")
-    return time.strftime("%Y/%m/%d/%H/%M", time.gmtime(seconds))
+    return float(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Queue: what was acknowledged and is not in S3 yet, in one SQLite file
-# ---------------------------------------------------------------------------------------------------------------------
+def minute_of(moment: float) -> str:
+    """Return YYYY/MM/DD/HH/MM in UTC, of seconds since the epoch."""
+    return f"{datetime.fromtimestamp(moment // 60 * 60, UTC):%Y/%m/%d/%H/%M}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Queue: what was acknowledged and is not archived yet, in one SQLite file
+# --------------------------------------------------------------------------------------------------
+
+MIN_DISK_FREE = 16 << 20  # bytes that webhooks leave free, so that there is room to drain the queue
+WAL_SIZE = 4 << 20  # bytes of write-ahead log after which it is copied into the file
+LOCK_TIMEOUT = 5.0  # seconds to wait for another process's transaction
+MAX_OUTCOMES = 10_000  # outcomes that wait for the disk, before no more jobs are taken from it
+NOT_RUNNING = "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
+KNOWN_FAILURES = {  # text and type of a QueueError, by SQLite's name
+    "SQLITE_BUSY": (
+        "another program holds the queue's lock. Find it with fuser -v and end it",
+        "queue_locked",
+    ),
+    "SQLITE_FULL": (
+        "the queue's disk has less than 16M free; webhooks are answered 503. Free some",
+        "disk_full",
+    ),
+}
+Write = Callable[[Connection], Any]  # a part of a transaction; returns its result
 
 
 class QueueError(Exception):
-    """The queue cannot take a write now: full, the disk full, or the disk failing."""
+    """The queue cannot be read or written now; `type` is that of the problem in `status`."""
 
-
-class QueueFull(QueueError):
-    """There is no room in the queue, or on its disk."""
-
-
-@dataclass
-class Job:
-    """A queued alert, without its body.
-
-    `step` names the object to write next. `waited` is what counts towards giving up: the seconds that the job was
-    put off for failures of its own. `due`, `error`, `failed` and `done` say what became of a job that is given back.
-    `origin` is the step with which it came.
-    """
-
-    number: int
-    id: str
-    minute: str
-    step: str
-    received: float  # seconds since the epoch
-    tries: int
-    waited: float
-    due: float = 0
-    error: str | None = None  # JSON: type, message, `since` (when it was the same first), `at` (monotonic clock)
-    origin: str = ""
-    failed: bool = False
-    done: bool = False
-    probe: bool = False  # may call an upstream that is held
-    seated: bool = False  # has one of Threat Stack's seats
-    noted: bool = True  # what is on disk says the same
+    def __init__(self, text: str, type_: str = "queue_unwritable") -> None:
+        super().__init__(text)
+        self.type = type_
 
 
 class Queue:
-    """Jobs on disk: put, take, release, body, retry, done, wait, states, counts … close.
+    """Jobs in a SQLite file.
 
-    One thread writes: what waits to be written at one moment is one transaction and one fsync. A job that was taken
-    is remembered in memory only, so that after a crash it is due again at once. `due` is a time of the monotonic
-    clock, which a clock that is set does not move, and which means nothing to the next process: there all are due.
+    `put` and `retry` return once their change is on disk. What became of a job (`settle`) stays in
+    memory until the next commit that succeeds, so a full disk does not stop the archive. One
+    thread writes: all that waits is one transaction and one fsync. A taken job is only remembered
+    in memory: after a crash it is due again.
 
-    A disk that refuses writes refuses webhooks, but does not halt the archive: what became of a job stays in memory
-    until a transaction succeeds, and the job goes on from there.
+    `facts` for `status --json`, /healthz and /metrics are of the last look, at most a second ago.
     """
 
     SCHEMA = """
         CREATE TABLE jobs (
-            number   INTEGER PRIMARY KEY AUTOINCREMENT, -- order of arrival, never used again: answers wait for it
-            id       TEXT NOT NULL,
-            minute   TEXT NOT NULL,
-            step     TEXT NOT NULL,
+            number INTEGER PRIMARY KEY AUTOINCREMENT, -- order of arrival, never used again
+            id TEXT NOT NULL,
+            minute TEXT NOT NULL,
+            source TEXT NOT NULL,
+            step TEXT NOT NULL,
             received REAL NOT NULL,
-            due      REAL NOT NULL DEFAULT 0,
-            tries    INTEGER NOT NULL DEFAULT 0,
-            waited   REAL NOT NULL DEFAULT 0,
-            failed   INTEGER NOT NULL DEFAULT 0,
-            error    TEXT, -- the last one: {"type": …, "message": …, "since": …, "at": …}
-            body     BLOB NOT NULL);
+            due REAL NOT NULL DEFAULT 0,
+            tries INTEGER NOT NULL DEFAULT 0,
+            failing REAL NOT NULL DEFAULT 0,
+            not_found REAL NOT NULL DEFAULT 0,
+            failed_at REAL NOT NULL DEFAULT 0,
+            failed INTEGER NOT NULL DEFAULT 0,
+            error_type TEXT,
+            error_message TEXT,
+            error_since REAL,
+            lane TEXT AS (CASE WHEN step IN ('webhooks', 'rejected') THEN 'store'
+                WHEN source = 'backfill' THEN 'backfill' ELSE 'detail' END),
+            body BLOB NOT NULL);
         CREATE INDEX jobs_by_id ON jobs (id);
-        CREATE INDEX jobs_by_due ON jobs (failed, step, due); -- and by number: no sorting
-        PRAGMA user_version = 1;"""
-    VERSION = 1
-    # Made with the first thing to note, as `backfill` is, and the column at the start: a new version of the file would
-    # keep older daemons out, which need none of them.
-    OBSTACLES = "CREATE TABLE IF NOT EXISTS obstacles (error TEXT NOT NULL) -- what stands in the daemon's way"
-    ORIGIN = "ALTER TABLE jobs ADD COLUMN origin TEXT"  # a job's, once it was given back
-    ANEW = "UPDATE jobs SET failed = 0, due = 0, tries = 0, waited = 0, error = NULL WHERE failed = 1"
-    DELETE = "DELETE FROM jobs WHERE number = :number"
-    UPDATE = """
-        UPDATE jobs SET step = :step, tries = :tries, waited = :waited, due = :due, error = :error, failed = :failed,
-        origin = :origin WHERE number = :number"""
-    WAL_PAGES = 4 << 20  # bytes of write-ahead log after which it is copied into the file
-    OUTCOMES = 64  # that nobody waits for are written at once, fewer with the next webhook or `beat`
-    MAX_OUTCOMES = 10_000  # that wait for the disk, before no more jobs are taken
-    BUSY = 10.0  # seconds to wait for another process's transaction
+        CREATE INDEX jobs_by_lane ON jobs (lane, due) WHERE failed = 0;
+        CREATE INDEX jobs_by_age ON jobs (received) WHERE failed = 0;
+        CREATE INDEX jobs_by_error ON jobs (error_type, failed) WHERE error_type IS NOT NULL;
+        CREATE TABLE counts (queued INTEGER NOT NULL, failed INTEGER NOT NULL);
+        INSERT INTO counts VALUES (0, 0);
+        CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
+            UPDATE counts SET queued = queued + 1 - new.failed, failed = failed + new.failed; END;
+        CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
+            UPDATE counts SET queued = queued - 1 + old.failed, failed = failed - old.failed; END;
+        CREATE TRIGGER jobs_update AFTER UPDATE OF failed ON jobs WHEN old.failed <> new.failed
+        BEGIN
+            UPDATE counts SET queued = queued + old.failed - new.failed,
+                failed = failed + new.failed - old.failed; END;
+        CREATE TABLE notes (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+        PRAGMA user_version = 2;"""
+    # The monotonic clock of an earlier process means nothing. If the bucket or prefix has changed,
+    # what is queued is archived there as a whole: else an alert would be divided.
+    START = """
+        UPDATE jobs SET due = 0, failed_at = 0 WHERE failed = 0 AND due > 0;
+        UPDATE jobs SET step = source
+            WHERE :place <> (SELECT value FROM notes WHERE name = 'place');
+        INSERT OR REPLACE INTO notes VALUES ('place', :place)"""
+    LOOK = """SELECT queued, failed, (SELECT min(received) FROM jobs WHERE failed = 0) AS oldest,
+        (page_count - freelist_count) * page_size AS size, freelist_count * page_size AS free
+        FROM counts, pragma_page_count, pragma_freelist_count, pragma_page_size"""
+    # Only the newest job of an id: of the bodies A, B, A the last A must come last.
+    SAME = """SELECT number FROM jobs WHERE id = :id AND (:source = 'backfill' OR (body = :body
+        AND number = (SELECT max(number) FROM jobs WHERE id = :id)))"""
+    INSERT = """INSERT INTO jobs (id, minute, source, step, received, body)
+        VALUES (:id, :minute, :source, :step, :received, :body)"""
+    UPDATE = """UPDATE jobs SET step = :step, due = :due, tries = :tries, failing = :failing,
+        not_found = :not_found, failed_at = :failed_at, failed = :failed, error_type = :error_type,
+        error_message = :error_message, error_since = :error_since WHERE number = :number"""
+    RETRY = """UPDATE jobs SET failed = 0, due = 0, tries = 0, failing = 0, not_found = 0,
+        failed_at = 0, error_type = NULL WHERE failed = 1 AND (id = :id OR :id = '')"""
+    # Of two jobs with one id at one step the later waits, so that the later body overwrites.
+    TAKE = """SELECT number, id, minute, source, step, received, due, tries, failing, not_found,
+        failed_at, error_type, error_message, error_since FROM jobs
+        WHERE failed = 0 AND lane = ? AND due <= ? AND NOT EXISTS (
+            SELECT 1 FROM jobs AS other WHERE other.id = jobs.id AND other.failed = 0
+            AND other.step = jobs.step AND other.number < jobs.number)
+        ORDER BY due, number LIMIT ?"""
+    BODY = "SELECT body FROM jobs WHERE number = ?"
+    ERRORS = """SELECT number, error_type AS type, error_message AS message FROM jobs
+        WHERE number IN (SELECT value FROM json_each(?))"""
+    QUEUED = "SELECT id FROM jobs WHERE failed = 0 AND id IN (SELECT value FROM json_each(?))"
+    # SQLite takes the bare columns from the row that min() finds.
+    PROBLEMS = """SELECT error_type AS type, error_message AS message,
+        strftime('%Y-%m-%dT%H:%M:%fZ', min(error_since), 'unixepoch') AS since,
+        sum(failed = 0) AS queued, sum(failed) AS failed, id AS alert FROM jobs
+        WHERE error_type IS NOT NULL GROUP BY error_type"""
+    FAILED = """SELECT number, id, tries, error_type AS type, error_message AS message,
+        strftime('%Y-%m-%dT%H:%M:%fZ', received, 'unixepoch') AS received,
+        strftime('%Y-%m-%dT%H:%M:%fZ', error_since, 'unixepoch') AS since FROM jobs
+        WHERE failed = 1 AND number > ? ORDER BY number LIMIT 1000"""
+    # Errors from which SQLite recovers by itself. Any other ends the process; so does an unlock
+    # that failed, after which SQLite takes a lock for held that is not, until it is closed.
+    RECOVERABLE = re.compile(
+        "SQLITE_(FULL|BUSY|LOCKED|CANTOPEN|NOMEM|READONLY(?!_DBMOVED)|IOERR(?!_UNLOCK|_CORRUPTFS))"
+        "|OSError"
+    )
 
-    def __init__(self, path: str, max_size: int, create: bool = False) -> None:
-        """Open the queue; `create` (the daemon) makes it where it is missing and keeps other daemons out.
+    def __init__(self, path: str, max_size: int, place: str = "") -> None:
+        """Open the queue; with `place` (the daemon) create it and keep other daemons out.
 
-        Raises ConfigError where there is none, or none that can be used.
+        `place` is where alerts are archived. Raises ConfigError if the queue cannot be opened.
         """
-        self.path, self.max_size, self._create = path, max_size, create
-        self._paths = (path, path + "-wal", path + "-shm")
-        self.trouble: str | None = None  # why the last transaction failed
-        self._suspect = False  # SQLite says that the file is malformed
-        self._broken = True  # the connections are of no use
+        self.path, self.max_size, self.place = path, max_size, place
+        self.error: QueueError | None = None  # why the last transaction failed
+        self.fatal: QueueError | None = None  # what ends the process
+        self._lock = threading.RLock()  # for _reader, _taken and _outcomes
+        self._taken: set[int] = set()  # numbers of jobs that are not on disk as they are
+        self._outcomes: dict[int, Job] = {}  # what became of them, once that is known
+        self._inbox: SimpleQueue[Any] = SimpleQueue()  # (Write, Future), or None: wake
         self._closing = False
-        self._open_files = contextlib.ExitStack()
-        self._lock = threading.Condition()  # for _reader, _taken and _outcomes; notified of what answers wait for
-        self._taken: set[int] = set()
-        self._outcomes: dict[int, Job] = {}  # jobs given back that are not on disk yet; they are in _taken too
-        self._awaited = 0  # answers that wait for outcomes
-        self.refused: dict[str, Any] | None = None  # why webhooks are refused, as an error, with their `bytes`
-        self.obstacles: list[str] = []  # what stands in the way, as JSON: written down for other processes
-        self._noted: list[str] | None = None if create else []  # what is written down
-        self._wal_stuck = False  # somebody reads what is in the write-ahead log, so that it grows
-        self._checkpoint_at = min(self.WAL_PAGES, max_size // 4)
+        self._looked_at = self._proved_at = -math.inf  # monotonic clock
         try:
             self._open()
         except (QueueError, sqlite3.Error, OSError) as error:
-            said = getattr(error, "strerror", error)
-            with contextlib.suppress(OSError):
-                said = f"{said}; {DISK_FULL}" if disk_free(path) < HOLD_BACK else said
-            raise ConfigError(f"{path}: {said} ([queue] path)") from None
-        self._inbox: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
-        self.writer = threading.Thread(target=self._write_all, name="queue", daemon=True)
-        self.writer.start()
+            text = f"[queue] path = {path} cannot be opened or written: {error}"
+            if not isinstance(error, QueueError):
+                text += (
+                    ". If there is no queue yet, start the daemon, which creates it; else name a "
+                )
+                text += "file on a local disk, that this user may write, with 16M free"
+            raise ConfigError(text) from None
+        self.writer = start_thread("queue", self._write_all)
 
     def _open(self) -> None:
-        """Open the file, anew if it is open. The daemon makes it where it is missing, and moves a malformed one aside.
-
-        Raises QueueError, OSError, sqlite3.Error.
-        """
-        self._broken = True  # until all of this has worked
-        self._open_files.close()
-        enter = self._open_files.enter_context
-        if self._create:
-            self._claim()
-            make(self.path)
-            # For a look at its bytes. It stays open: closing any descriptor of a file drops SQLite's locks (fcntl(2)).
-            self._file = enter(open(self.path, "rb"))  # noqa: SIM115
-            if damage := self._look_for_damage():
-                self._move_aside(damage)
-                return self._open()
-        elif not os.access(self.path, os.R_OK):
-            with contextlib.suppress(FileNotFoundError):
-                os.stat(self.path)
-                raise QueueError("this user may not read it")
-            raise QueueError("there is no queue yet: `ts3d serve` makes it")
-        self._db, self._reader = enter(contextlib.closing(self._connect())), enter(contextlib.closing(self._connect()))
+        """Open the connections. Raises QueueError, OSError, sqlite3.Error."""
+        if self.place:
+            self._lock_file = create_file(self.path + ".lock")
+            if not try_lock(self._lock_file, fcntl.LOCK_EX):
+                raise QueueError("another `ts3d serve` uses this queue. Stop that one first")
+            create_file(self.path).close()
+            self._recover()
+        self._db, self._reader, self._checkpointer = (connect(self.path) for _ in range(3))
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if version > self.VERSION:
-            raise QueueError(f"made by a newer ts3d (version {version})")
-        if version == 0 and tables:
-            raise QueueError("some other SQLite file")
-        if self._create:
-            if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-                raise QueueError("this file system does not carry SQLite's WAL")
-            if version == 0:
-                self._db.executescript(f"BEGIN IMMEDIATE;{self.SCHEMA}COMMIT;")
-            if not self._db.execute("SELECT 1 FROM pragma_table_info('jobs') WHERE name = 'origin'").fetchone():
-                self._db.execute(self.ORIGIN)
-            # A new process has a new monotonic clock, and what was taken by the old one is due again.
-            self._db.execute("UPDATE jobs SET due = 0 WHERE failed = 0 AND due > 0")
-        self._db.execute("PRAGMA busy_timeout = 0").close()  # _begin waits
-        for db in (self._db, self._reader):
-            db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
-            # SQLite before 3.51.3 can lose a commit that races with a checkpoint ("the WAL-reset bug"), so only
-            # _checkpoint does any.
-            db.execute("PRAGMA wal_autocheckpoint = 0").close()
-            db.execute(f"PRAGMA journal_size_limit = {self._checkpoint_at}").close()
-        self._reader.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
-        self._stats = {path: os.stat(path) for path in self._paths}
-        self._broken = False
+        if version != 2 and (version or tables or not self.place):
+            text = f"it is not ts3d's, or of another version ({version}, not 2). Name another, or "
+            raise QueueError(text + "run the ts3d that made it until nothing is queued")
+        if self.place:
+            self._db.execute("PRAGMA journal_mode = WAL").close()
+            if not tables:
+                self._db.executescript(f"BEGIN; {self.SCHEMA} COMMIT;")
+            for statement in self.START.split(";"):
+                self._db.execute(statement, {"place": self.place})
+        for db in (self._reader, self._checkpointer):
+            db.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
+        self._inodes = [os.stat(self.path + suffix).st_ino for suffix in ("", "-wal", "-shm")]
+        self._look()
 
-    def _claim(self) -> None:
-        """Keep other daemons out, by a lock with a file of its own: SQLite's would be lost by closing.
+    def _recover(self) -> None:
+        """Move a malformed file aside. Raises OSError, sqlite3.Error."""
+        problem = quick_check(self.path)
+        if problem:
+            # A disk that fails may look like a malformed file. So each byte must be readable.
+            with open(self.path, "rb") as file:
+                while file.read(1 << 20):
+                    pass
+            problem = quick_check(self.path)
+        if not problem:
+            return
+        kept = f"{self.path}.malformed-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        # The -wal first: after a crash in between a new file must not meet an old log.
+        for suffix in ("-wal", ""):
+            with suppress(FileNotFoundError):
+                os.rename(self.path + suffix, kept + suffix)
+        with suppress(FileNotFoundError):
+            os.remove(self.path + "-shm")  # an index of the -wal
+        create_file(self.path).close()
+        text = "the queue was malformed and was moved aside; alerts in it are not archived. Read "
+        text += "them with `sqlite3 FILE .dump`, then run `ts3d backfill`"
+        log_event(logging.CRITICAL, text, file=kept, cause=problem)
 
-        Raises QueueError, OSError.
+    # Writing --------------------------------------------------------------------------------------
+
+    def put(self, jobs: list[Job]) -> list[int]:
+        """Queue these durably, all or none, and return their numbers. Raises QueueError.
+
+        The same id with the same bytes is one job; if that failed, it is retried. What backfill
+        found is not queued beside a job of the same id.
         """
-        make(self.path + ".lock")
-        lock = os.fdopen(os.open(self.path + ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
-        self._open_files.enter_context(lock)
-        deadline = time.monotonic() + 1  # `running` holds it for a moment
-        while not locked(lock, fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                raise QueueError("another `ts3d serve` works on this queue")
-            nap(0.02)
+        length = sum(len(job.body) for job in jobs)
 
-    def _look_for_damage(self) -> str | None:
-        """What SQLite finds malformed in the queue, None for nothing. Raises OSError, sqlite3.Error.
+        def write(db: Connection) -> list[int]:
+            self._require_room(length)
+            self.facts["queue_bytes"] += length
+            numbers = []
+            for job in jobs:
+                job.received = time.time()
+                values = vars(job)
+                same = db.execute(self.SAME, values).fetchone()
+                if same:
+                    db.execute(self.RETRY, values)
+                    numbers.append(same[0])
+                else:
+                    numbers.append(db.execute(self.INSERT, values).lastrowid)
+            return numbers
 
-        A read that failed is damage to SQLite (SQLITE_IOERR_CORRUPTFS). So it is believed only where each byte of
-        the file can be read, and where it says so twice.
+        return list(self._write(write))
+
+    def retry(self, ids: Iterable[str]) -> dict[str, int]:
+        """Retry the failed alerts of these ids; return how many, by id. Raises QueueError.
+
+        The id "" is that of all.
         """
-        damage = None
-        for _ in range(2):
-            at = 0
-            while data := os.pread(self._file.fileno(), 1 << 20, at):
-                at += len(data)
-            try:
-                with contextlib.closing(self._connect()) as db:
-                    damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            except sqlite3.DatabaseError as error:
-                if not is_malformed(error):
-                    raise
-                damage = str(error)
-            if damage == "ok":
-                return None
-        return " ".join(str(damage).split())
-
-    def damage(self) -> str | None:
-        """What is malformed in the queue, if SQLite said that anything is, and says it again."""
-        if self._suspect:
-            self._suspect = False
-            with contextlib.suppress(OSError, ValueError, sqlite3.Error):  # ValueError: it is being opened anew
-                return self._look_for_damage()
-        return None
-
-    def _connect(self) -> sqlite3.Connection:
-        uri = f"file:{urllib.parse.quote(self.path)}?mode=rw"
-        return sqlite3.connect(uri, uri=True, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
-
-    def _move_aside(self, problem: str) -> None:
-        kept = f"{self.path}.malformed-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
-        for path in self._paths:
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(path, kept + path.removeprefix(self.path))
-        log.critical(
-            "the queue was malformed (%s). It is kept as %s, and a new one begins: alerts in it are not archived. "
-            "`sqlite3 FILE .dump` shows what can still be read",
-            problem,
-            kept,
+        return dict(
+            self._write(
+                lambda db: {id_: db.execute(self.RETRY, {"id": id_}).rowcount for id_ in ids}
+            )
         )
 
-    # Writing ---------------------------------------------------------------------------------------------------------
+    def backfilled(self, until: float = 0.0) -> float:
+        """Return until when backfill has seen all (0: never), or note it. Raises QueueError."""
+        if until:
+            sql = "INSERT OR REPLACE INTO notes VALUES ('backfilled', ?)"
+            self._write(lambda db: db.execute(sql, (until,)))
+        rows = self.read("SELECT value FROM notes WHERE name = 'backfilled'")
+        return float(sum(row[0] for row in rows))
 
-    def put(self, arrivals: list[Arrival]) -> list[int]:
-        """Queue these durably, all or none, and return their jobs' numbers.
-
-        The same id with the same bytes is one job; where that one had failed, it is tried anew. What backfill found is
-        not queued beside any job of its id: that one writes the detail. Raises QueueError.
-        """
-        bytes_ = sum(len(arrival.body) for arrival in arrivals)
-
-        def run(db: sqlite3.Connection) -> list[int]:
-            try:
-                # Of what can wait in Threat Stack's API, half of the room is kept free for what cannot.
-                late = any(OBJECTS[arrival.step].late for arrival in arrivals)
-                self._make_sure_of_room(db, bytes_, self.max_size // 2 if late else self.max_size)
-            except QueueError as error:
-                if not late and not self.refused:
-                    log.error("%s; webhooks are answered 503", error)
-                # What an empty queue would not take either says nothing of this one.
-                if not late and bytes_ < self.max_size // 2:
-                    since = (self.refused or {}).get("since", time.time())
-                    kind = "disk_full" if str(error) == DISK_FULL else "queue_full"
-                    self.refused = {"type": kind, "message": str(error), "since": since, "bytes": bytes_}
-                raise
-            return self._put(db, arrivals)
-
-        return self._write(run)
-
-    def _put(self, db: sqlite3.Connection, arrivals: list[Arrival]) -> list[int]:
-        sql = "SELECT DISTINCT id FROM jobs WHERE id IN (SELECT value FROM json_each(?))"
-        known = {row[0] for row in db.execute(sql, (json.dumps([new.id for new in arrivals]),))}  # seldom any
-        numbers = []
-        for new in arrivals:
-            number = failed = 0
-            if new.id in known:
-                sql = "SELECT number, failed FROM jobs WHERE id = ? AND (body = ? OR ?) ORDER BY failed LIMIT 1"
-                same = db.execute(sql, (new.id, new.body, new.step == "backfill")).fetchone()
-                number, failed = same or (0, 0)
-            if failed:
-                db.execute(f"{self.ANEW} AND number = ?", (number,))
-            elif not number:
-                sql = "INSERT INTO jobs (id, minute, step, received, body) VALUES (?, ?, ?, ?, ?)"
-                number = db.execute(sql, (new.id, new.minute, new.step, time.time(), new.body)).lastrowid or 0
-                known.add(new.id)
-            numbers.append(number)
-        return numbers
-
-    def done(self, job: Job) -> None:
-        """Forget a job: all of it is in S3."""
-        self._settle(replace(job, done=True))
-
-    def retry(self, job: Job, due: float = 0, error: str | None = None, failed: bool = False) -> None:
-        """Give back a job with its step, tries and `waited` noted, to be taken again from `due` (monotonic clock) on.
-
-        `error` is what it failed for, None if it did not; `failed` sets it aside, until it is asked for again.
-        """
-        self._settle(replace(job, probe=False, seated=False, noted=False, due=due, error=error, failed=failed))
-
-    def _settle(self, job: Job) -> None:
-        """Have the next transaction write what became of the job. Until one succeeds it stays in memory."""
+    def settle(self, job: Job) -> None:
+        """Have what became of a taken job written with the next commit. Waits for nothing."""
         with self._lock:
-            self._outcomes[job.number] = job
-        if self._awaited or len(self._outcomes) >= self.OUTCOMES:
-            self.beat()
-
-    def beat(self) -> None:
-        """Wake the writer: it shows that it moves, and tries again what the disk refused. Waits for nothing."""
-        if self._inbox.empty():
+            self._outcomes[job.number] = replace(job, probe=False)
+        if len(self._outcomes) >= 64:
             self._inbox.put(None)
 
-    def wait(self, numbers: list[int], seconds: float, hopeless: Callable[[], bool]) -> States:
-        """Wait until these jobs are done, for `seconds` at most, or until it is `hopeless`; what `states` says then.
+    def require_writable(self) -> None:
+        """Commit something, at most once a second. Raises QueueError if webhooks are refused."""
+        self._require_room(0)
+        if monotonic() - self._proved_at > 1:
+            self._write(lambda db: db.execute("PRAGMA user_version = 2"))  # writes a page
+        elif self.error:
+            raise QueueError(str(self.error), self.error.type)
 
-        Raises QueueError.
-        """
-        left = list(numbers)
+    def _require_room(self, length: int) -> None:
+        """Raise QueueError unless there is room for `length` bytes."""
+        size, free, hint = self.facts["queue_bytes"], self.facts["disk_free_bytes"], ""
+        if self._wal > 2 * WAL_SIZE:
+            hint = (
+                ". Another program reads the queue and so keeps its write-ahead log of "
+                f"{self._wal} bytes from being emptied. End that program"
+            )
+        if size + max(length, min(64 << 10, self.max_size // 16)) > self.max_size:
+            text = f"the queue is full: {size} of [queue] max_size = {self.max_size} bytes. "
+            text += f"Correct what keeps alerts from S3, or raise it{hint}"
+            raise QueueError(text, "queue_full")
+        if free < MIN_DISK_FREE + length:
+            text, type_ = KNOWN_FAILURES["SQLITE_FULL"]
+            raise QueueError(text + hint, type_)
 
-        def over() -> bool:
-            while not hopeless() and left and not self.states(left[-1:]):  # one look each time, however many there are
-                left.pop()
-            return not left or hopeless()
-
-        with self._lock:
-            self._awaited += 1
-            try:
-                if self._outcomes:  # of before this waited
-                    self.beat()
-                self._lock.wait_for(over, seconds)
-            finally:
-                self._awaited -= 1
-            return self.states(left)
-
-    def stir(self) -> None:
-        """Have all that `wait` look whether it is hopeless now."""
-        with self._lock:
-            self._lock.notify_all()
-
-    def prove_writable(self) -> None:
-        """Commit something. Raises QueueError where a webhook would not be taken either."""
-
-        def run(db: sqlite3.Connection) -> None:
-            self._make_sure_of_room(db, (self.refused or {}).get("bytes", 0), self.max_size)
-            # An UPDATE of nothing would write nothing: this writes a page as it was.
-            db.execute(f"PRAGMA user_version = {self.VERSION}")
-
-        self._write(run)
-
-    def _make_sure_of_room(self, db: sqlite3.Connection, bytes_: int, limit: int) -> None:
-        """Raises QueueError unless `bytes_` more leave the queue within `limit` and the disk its reserve."""
-        if self._lost():
-            raise QueueError(f"the queue's file is gone from {self.path}")
-        used, free = self._space(db)
-        if used + bytes_ > limit:
-            raise QueueFull(f"the queue is full: [queue] max_size is {self.max_size} bytes")
-        if free < HOLD_BACK + bytes_:
-            raise QueueFull(DISK_FULL)
-
-    def _space(self, db: sqlite3.Connection) -> tuple[int, int]:
-        """Bytes that the queue takes of its disk, and bytes that are left to it. Raises OSError, sqlite3.Error."""
-        pages, free, page = (
-            db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_count", "freelist_count", "page_size")
-        )
-        wal = os.path.getsize(self._paths[1])
-        if not self._wal_stuck:
-            wal = min(wal, self._checkpoint_at)  # what is beyond was checkpointed, and the next commit cuts it off
-        # The file's free pages are room too: it does not shrink when the queue has been drained.
-        return (pages - free) * page + wal, disk_free(self.path) + free * page
-
-    def _write(self, run: Callable[[sqlite3.Connection], T]) -> T:
-        """Have `run` take part in the next transaction, and return its result. Raises QueueError."""
-        future: Future[T] = Future()
-        self._inbox.put((run, future))
+    def _write(self, write: Write) -> Any:
+        """Have `write` take part in the next transaction; return its result. Raises QueueError."""
+        future: Future[Any] = Future()
+        self._inbox.put((write, future))
         return future.result()
 
     def _write_all(self) -> None:
-        """The writer thread: commit all that waits, until the queue is closed."""
-        while not (self._closing and self._inbox.empty()):
-            promise(LONGEST_TURN)
-            writes = [self._inbox.get()]
-            writes += [self._inbox.get() for _ in range(self._inbox.qsize())]
-            if any(writes) or self._outcomes or self._broken or self.refused or self.obstacles != self._noted:
-                self._commit([write for write in writes if write])
+        """Commit what waits, until the queue is closed. The writer thread."""
+        while not self._closing:
+            expect_progress_within(LONGEST_TURN)
+            requests = []
+            with suppress(queue.Empty):
+                requests = [self._inbox.get(timeout=0.25)]
+                requests += [self._inbox.get() for _ in range(self._inbox.qsize())]
+            requests = [request for request in requests if request]
+            # Once a second in any case: other processes write too.
+            if requests or self._outcomes or monotonic() - self._looked_at > 1:
+                self._commit(requests)
 
-    def _commit(self, writes: list[Write]) -> None:
-        results: list[Any] = []
+    def _commit(self, requests: list[tuple[Write, Future[Any]]]) -> None:
+        """Write all outcomes and requests in one transaction."""
+        with self._lock:
+            outcomes = list(self._outcomes.values())
+        results: list[tuple[Callable[[Any], None], Any]] = []
         try:
-            if self._broken or (self._lost() and not self._db.execute("SELECT 1 FROM jobs LIMIT 1").fetchone()):
-                with self._lock:
-                    self._open()
-                log.warning("the queue was opened anew")
-            with self._lock:
-                outcomes = list(self._outcomes.values())
-            obstacles = self.obstacles
             self._begin()
-            if obstacles != self._noted:
-                self._db.execute(self.OBSTACLES)
-                self._db.execute("DELETE FROM obstacles")
-                self._db.executemany("INSERT INTO obstacles VALUES (?)", [(obstacle,) for obstacle in obstacles])
             for job in outcomes:
-                self._db.execute(self.DELETE if job.done else self.UPDATE, vars(job))
-            for run, _ in writes:
+                sql = "DELETE FROM jobs WHERE number = :number" if job.done else self.UPDATE
+                self._db.execute(sql, vars(job))
+            for write, future in requests:
                 try:
-                    results.append(run(self._db))
-                except QueueError as error:  # refuses this one, before it changed anything
-                    results.append(error)
+                    results.append((future.set_result, write(self._db)))
+                except QueueError as error:  # refused before it changed anything
+                    results.append((future.set_exception, error))
             self._db.execute("COMMIT")
-            self._noted = obstacles
-            self._look_for_room()
-            with self._lock:
-                for job in outcomes:
-                    if self._outcomes.get(job.number) is job:  # not taken again meanwhile
-                        del self._outcomes[job.number]
-                        self._taken.discard(job.number)
-                if outcomes:
-                    self._lock.notify_all()
-            self._note_trouble(None)
-        except Exception as error:  # whatever it is, it must reach those who wait, and the next transaction be tried
-            with contextlib.suppress(sqlite3.Error):
+            self._look()
+            self._checkpoint()
+            if self.error:
+                warning("queue recovered")
+            self.error = None
+        except Exception as error:  # whatever it is, the requests must learn of it
+            with suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
-            self._note_trouble(error)
-            results = [QueueError(f"the queue cannot be written: {error}") for _ in writes]
-        for (_, future), result in zip(writes, results, strict=True):
-            future.set_exception(result) if isinstance(result, QueueError) else future.set_result(result)
-        self._checkpoint()
-
-    def _look_for_room(self) -> None:
-        """Whether there is room again for what was refused last."""
-        if self.refused:
-            with contextlib.suppress(QueueError, sqlite3.Error, OSError):
-                self._make_sure_of_room(self._db, self.refused["bytes"], self.max_size)
-                self.refused = None
-                log.warning("the queue takes webhooks again")
+            text, type_, outcomes = str(self._failure(error)), self._failure(error).type, []
+            results = [(future.set_exception, QueueError(text, type_)) for _, future in requests]
+        if requests:
+            self._proved_at = monotonic()
+        with self._lock:
+            for job in outcomes:
+                if self._outcomes.get(job.number) is job:  # not taken again meanwhile
+                    del self._outcomes[job.number]
+                    self._taken.discard(job.number)
+        for set_result, result in results:
+            set_result(result)
 
     def _begin(self) -> None:
-        """Begin a transaction that writes, once no other process is in one.
+        """Begin a transaction that writes, once no other process is in one. Raises sqlite3.Error.
 
-        SQLite's own waiting looks every 100 ms in the end, and would find the lock taken each time by a process that
-        writes without a pause.
+        SQLite's own busy handler waited 7.4 s beside a process that commits without a pause.
         """
-        deadline = time.monotonic() + self.BUSY
+        deadline = monotonic() + LOCK_TIMEOUT
         while True:
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 return
             except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
+                if error.sqlite_errorname != "SQLITE_BUSY" or monotonic() > deadline:
                     raise
-            nap(random.uniform(0.0005, 0.003))
+            time.sleep(random.uniform(0.0005, 0.003))
 
-    def _note_trouble(self, error: Exception | None) -> None:
-        """Log once when the file begins to fail, and once when it works again."""
-        if error and not self.trouble:
-            log.error("the queue fails: %s; webhooks are answered 503", error)
-        elif self.trouble and not error:
-            log.warning("the queue works again")
-        self.trouble = str(error) if error else None
-        self._suspect = self._suspect or is_malformed(error)
-        # An unlock that failed has left SQLite a lock in memory that nobody holds: only closing frees it.
-        self._broken = self._broken or "locking protocol" in str(error)
+    def _failure(self, error: Exception) -> QueueError:
+        """Note and log an error of SQLite or the disk, and return it as QueueError."""
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        text = f"the queue cannot be written: {error} ({name}). Check its disk"
+        failure = QueueError(*KNOWN_FAILURES.get(name, (text, "queue_unwritable")))
+        if not self.RECOVERABLE.match(name):
+            self.fatal = self.fatal or failure
+        if not self.error:
+            log_error("queue unavailable, webhooks are answered 503", error=failure)
+        self.error = failure
+        return failure
+
+    def _look(self) -> None:
+        """Read counts and sizes. Raises QueueError, OSError, sqlite3.Error."""
+        inodes = [os.stat(self.path + suffix).st_ino for suffix in ("", "-wal", "-shm")]
+        # An open file outlives its name: after a restart nothing would find what is in it.
+        if inodes != self._inodes:
+            raise QueueError(f"{self.path}, or its -wal or -shm, was replaced")
+        queued, failed, oldest, size, free = self._db.execute(self.LOOK).fetchone()
+        self._wal = os.path.getsize(self.path + "-wal")
+        # The file's free pages are room too: it does not shrink when the queue has been drained.
+        disk = os.statvfs(self.path)
+        self.facts: dict[str, float] = {
+            "queued": queued,
+            "failed": failed,
+            "oldest_seconds": round(max(0.0, time.time() - (oldest or math.inf)), 3),
+            "queue_bytes": size + max(0, self._wal - 2 * WAL_SIZE),
+            "max_bytes": self.max_size,
+            "disk_free_bytes": disk.f_bavail * disk.f_frsize + free,
+        }
+        self._looked_at = monotonic()
 
     def _checkpoint(self) -> None:
-        """Copy a write-ahead log that has grown into the file, while the write lock keeps others from committing."""
-        try:
-            if not self._create or self._lost() or os.path.getsize(self._paths[1]) <= self._checkpoint_at:
-                return
-            self._begin()
-            try:
-                with self._lock:
-                    row = self._reader.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-                self._wal_stuck = row[1] != row[2]  # pages in the log, pages copied
-            finally:
-                self._db.execute("ROLLBACK")
-        except (sqlite3.Error, OSError) as error:
-            self._note_trouble(error)
+        """Copy a large write-ahead log into the file. Raises sqlite3.Error.
 
-    def _lost(self) -> bool:
-        """Whether another file, or none, is where one of the open ones was.
-
-        An open file outlives its name: what is in it is archived, but the next process would not find it.
+        Only the daemon does, while it holds the write lock: SQLite before 3.51.3 can lose a commit
+        that races with another process's checkpoint. https://sqlite.org/wal.html#walresetbug
         """
-        try:
-            return not all(os.path.samestat(os.stat(path), stat) for path, stat in self._stats.items())
-        except OSError:
-            return True
+        if self.place and self._wal > WAL_SIZE:
+            self._begin()
+            self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
+            self._db.execute("ROLLBACK")
+            self._db.execute("PRAGMA user_version = 2")  # the next write begins the log anew
 
-    # Reading ---------------------------------------------------------------------------------------------------------
+    # Reading --------------------------------------------------------------------------------------
 
-    def _read(self, sql: str, *values: Any) -> list[Any]:
-        """All rows at once: no read transaction outlives its statement, where it would hold up the checkpoint."""
+    def read(self, sql: str, *values: Any) -> list[Any]:
+        """Return all rows. Raises QueueError.
+
+        No read transaction outlives its statement: it would stop checkpoints.
+        """
         with self._lock:
-            if self._broken:
-                raise QueueError("the queue is being opened anew")
             try:
                 return self._reader.execute(sql, values).fetchall()
             except sqlite3.Error as error:
-                self._note_trouble(error)
-                raise QueueError(f"the queue cannot be read: {error}") from error
+                raise self._failure(error) from None
 
-    def take(self, steps: Iterable[str], n: int) -> list[Job]:
-        """Up to `n` jobs that are at one of these steps and due, in the order of due time and arrival.
-
-        They stay taken until they are given back. Raises QueueError.
-        """
-        sql = (
-            "SELECT number, id, minute, step, received, tries, waited, due, error, ifnull(origin, step) FROM jobs "
-            "WHERE failed = 0 AND step = ? AND due <= ? ORDER BY due, number LIMIT ?"
-        )
+    def take(self, lane: str, n: int) -> list[Job]:
+        """Take up to `n` jobs that are due, in the order of `due`. Raises QueueError."""
         with self._lock:
-            now, limit = time.monotonic(), n + len(self._taken)
-            given_back = (job for job in self._outcomes.values() if not job.done and not job.failed)
-            jobs = [job for job in given_back if job.step in steps and job.due <= now]
-            if len(self._outcomes) < self.MAX_OUTCOMES:
-                rows = [row for step in steps for row in self._read(sql, step, now, limit)]
-                jobs += [Job(*row) for row in rows if row[0] not in self._taken]
-            jobs = sorted(jobs, key=lambda job: (job.due, job.number))[:n]
-            for job in jobs:
-                self._taken.add(job.number)
+            now, rows = monotonic(), []
+            jobs = [replace(job) for job in self._outcomes.values() if not (job.done or job.failed)]
+            jobs = [job for job in jobs if job.lane == lane and job.due <= now]
+            if len(self._outcomes) < MAX_OUTCOMES:
+                rows = self.read(self.TAKE, lane, now, n + len(self._taken))
+            jobs += [Job(**row) for row in rows if row["number"] not in self._taken]
+            jobs.sort(key=lambda job: (job.due, job.number))
+            for job in jobs[:n]:
                 self._outcomes.pop(job.number, None)
-        return jobs
+                self._taken.add(job.number)
+            return jobs[:n]
 
-    def busy(self) -> bool:
-        """Whether webhooks wait for the disk."""
-        return self._inbox.qsize() > 1
-
-    def taken(self) -> int:
-        """How many jobs are taken and not given back."""
-        return len(self._taken) - len(self._outcomes)
-
-    def release(self, job: Job) -> None:
-        """Give back a job with which nothing was done."""
-        if not job.noted:  # it was taken before what became of it last was on disk
-            return self.retry(job, job.due, job.error)
+    def errors(self, numbers: Iterable[int]) -> dict[int, Json | None]:
+        """Return the last errors of those jobs that are not archived yet. Raises QueueError."""
+        errors = {}
         with self._lock:
-            self._taken.discard(job.number)
+            for number, type_, message in self.read(self.ERRORS, dumps(list(numbers))):
+                if job := self._outcomes.get(number):
+                    type_, message = job.error_type, job.error_message
+                if not job or not job.done:
+                    errors[number] = error_json(type_, message) if type_ else None
+        return errors
 
-    def body(self, job: Job) -> bytes:
-        """The bytes that came with the job. Raises QueueError."""
-        return bytes(self._read("SELECT body FROM jobs WHERE number = ?", job.number)[0][0])
+    def problems(self) -> list[Json]:
+        """Return current problems: `type`, `message`, `since`, `queued`, `failed`, `alert`.
 
-    def states(self, numbers: Iterable[int]) -> States:
-        """Step and last error of those of these jobs that are still queued. Raises QueueError."""
-        sql = "SELECT number, step, error FROM jobs WHERE number IN (SELECT value FROM json_each(?))"
-        return {row[0]: row[1:] for row in self._read(sql, json.dumps(list(numbers)))}
-
-    def counts(self) -> tuple[int, int, float]:
-        """Jobs queued, jobs failed, and the age of the oldest queued in seconds. Raises QueueError."""
-        counts = dict(self._read("SELECT failed, count(*) FROM jobs GROUP BY failed"))
-        oldest = self._read("SELECT received FROM jobs WHERE number = (SELECT min(number) FROM jobs WHERE failed = 0)")
-        age = max(0.0, time.time() - oldest[0][0]) if oldest else 0.0
-        return counts.get(0, 0), counts.get(1, 0), age
-
-    def space(self) -> tuple[int, int]:
-        """Bytes that the queue takes of its disk, and bytes that are left to it. Raises QueueError."""
-        with self._lock:
-            try:
-                return self._space(self._reader)
-            except (OSError, sqlite3.Error) as error:
-                raise QueueError(f"the queue cannot be read: {error}") from error
-
-    def running(self) -> bool:
-        """Whether a daemon works on this queue."""
-        with contextlib.suppress(FileNotFoundError), open(self.path + ".lock", "rb") as lock:
-            return not locked(lock, fcntl.LOCK_SH)
-        return False
-
-    def causes(self) -> list[dict[str, Any]]:
-        """What stands in the way: errors with `since`, and how many alerts are `queued` and `failed` because of each.
-
-        First what the daemon says that runs, or ran last. Raises QueueError.
+        They come from the jobs' last errors, and from a test of room and lock. Raises QueueError.
         """
-        exists = self._read("SELECT 1 FROM sqlite_master WHERE name = 'obstacles'")
-        noted = [json.loads(row[0]) for row in (self._read("SELECT error FROM obstacles") if exists else ())]
-        found: dict[str, dict[str, Any]] = {error["type"]: error for error in noted}
-        sql = (  # one message of many: with max(), SQLite takes it from that row
-            "SELECT json_extract(error, '$.type') AS type, sum(failed = 0), sum(failed), max(number), "
-            "json_extract(error, '$.message'), min(json_extract(error, '$.since')), id "
-            "FROM jobs WHERE error IS NOT NULL GROUP BY type ORDER BY type"
-        )
-        for kind, queued, failed, _, message, since, id_ in self._read(sql):
-            error = found.setdefault(kind, {"type": kind, "message": message, "since": since, "alert": id_})
-            error.update(queued=queued, failed=failed)
-        for error in noted:
-            if "held" in error:  # also those wait that have not been tried
-                error["queued"] = self.counts()[0]
-        return list(found.values())
+        found = [] if running(self.path) else [error_json("not_running", NOT_RUNNING)]
+        try:
+            self.require_writable()
+        except QueueError as error:
+            found.append(error_json(error.type, str(error)))
+        return found + [dict(row) for row in self.read(self.PROBLEMS)]
 
-    def failed(self) -> Iterator[dict[str, Any]]:
-        """Each failed alert: `id`, `received` (seconds since the epoch), `tries`, `error`. Raises QueueError."""
-        sql = (
-            "SELECT number, id, received, tries, error FROM jobs WHERE failed = 1 AND number > ? "
-            "ORDER BY number LIMIT 1000"
-        )
+    def failures(self) -> Iterator[Json]:
+        """Yield each failed alert: `id`, `received`, `tries`, `error`. Raises QueueError."""
         number = 0
-        while rows := self._read(sql, number):
-            for number, id_, received, tries, error in rows:  # noqa: B007
-                shown = {name: value for name, value in json.loads(error or "{}").items() if name != "at"}
-                yield {"id": id_, "received": received, "tries": tries, "error": shown}
+        while rows := self.read(self.FAILED, number):
+            for number, id_, tries, type_, message, received, since in rows:  # noqa: B007
+                error = error_json(type_, message) | {"since": since}
+                yield {"id": id_, "received": received, "tries": tries, "error": error}
 
-    def retry_failed(self, ids: list[str]) -> dict[str, int]:
-        """Queue failed alerts again: those of these ids, or all; how many, by id. Raises QueueError."""
-
-        def run(db: sqlite3.Connection) -> dict[str, int]:
-            if not ids:
-                return {"": db.execute(self.ANEW).rowcount}
-            return {id_: db.execute(f"{self.ANEW} AND id = ?", (id_,)).rowcount for id_ in ids}
-
-        return self._write(run)
-
-    def queued(self, ids: Iterable[str]) -> set[str]:
-        """Those of these ids that have a job that has not failed. Raises QueueError."""
-        with self._lock:
-            rows = [self._read("SELECT id FROM jobs WHERE id = ? AND failed = 0 LIMIT 1", id_) for id_ in ids]
-        return {row[0][0] for row in rows if row}
-
-    def backfilled(self, since: float = 0, until: float = 0) -> float | None:
-        """Until when backfill has seen all alerts (seconds since the epoch), None where it has never run to its end.
-
-        A run that saw those of `since` … `until` moves that, unless a gap would be left. Raises QueueError.
-        """
-
-        def run(db: sqlite3.Connection) -> float | None:
-            db.execute("CREATE TABLE IF NOT EXISTS backfill (until REAL NOT NULL) -- one row, once a run was complete")
-            row = db.execute("SELECT until FROM backfill").fetchone()
-            # One beyond now was left by a clock that was wrong.
-            known = row[0] if row and row[0] <= time.time() else None
-            # The first run is to have seen a day, or more.
-            if until and (since <= known < until if known is not None else since <= until - FIRST_TIME):
-                db.execute("DELETE FROM backfill")
-                db.execute("INSERT INTO backfill (until) VALUES (?)", (until,))
-                return until
-            return known
-
-        return self._write(run)
-
-    def close(self, seconds: float = 30) -> None:
-        """Write what waits, for `seconds` at most, and close: the last to close empties the write-ahead log."""
+    def close(self, limit: float = 30) -> None:
+        """Write what waits, for `limit` seconds at most, and close."""
         self._closing = True
         self._inbox.put(None)
-        self.writer.join(seconds)
-        if self.writer.is_alive():  # the disk hangs: all that was acknowledged is on it
-            return
-        with contextlib.suppress(sqlite3.Error, OSError):
-            self._open_files.close()
+        self.writer.join(limit)
+        if not self.writer.is_alive():  # else the disk hangs; what was acknowledged is on it
+            for db in (self._reader, self._checkpointer, self._db):
+                db.close()
 
 
-def is_malformed(error: BaseException | None) -> bool:
-    """Whether SQLite says that the file is no database or damaged: these two come as DatabaseError itself."""
-    return type(error) is sqlite3.DatabaseError
+def connect(path: str) -> Connection:
+    """Open a connection to an existing file. Raises sqlite3.Error."""
+    uri = f"file:{quote(path)}?mode=rw"
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0)
+    db.row_factory = sqlite3.Row
+    db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
+    db.execute("PRAGMA wal_autocheckpoint = 0").close()  # `_checkpoint` does it
+    db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE}").close()
+    return db
 
 
-def disk_free(path: str) -> int:
-    """Bytes that are free where a file is, or is to be. Raises OSError."""
-    disk = os.statvfs(os.path.dirname(path))
-    return disk.f_bavail * disk.f_frsize
+def quick_check(path: str) -> str:
+    """Return what SQLite finds malformed, or nothing. Raises sqlite3.Error for anything else."""
+    try:
+        with closing(connect(path)) as db:
+            return str(db.execute("PRAGMA quick_check(1)").fetchone()[0]).removeprefix("ok")
+    except sqlite3.Error as error:
+        if re.match("SQLITE_(CORRUPT|NOTADB)", error.sqlite_errorname):
+            return str(error)
+        raise
 
 
-def locked(file: Any, how: int) -> bool:
-    """Whether the lock of a file could be taken, as flock(2) has it. Raises OSError."""
+def running(path: str) -> bool:
+    """Return whether a daemon uses the queue with this path."""
+    with suppress(OSError), open(path + ".lock", "rb") as file:
+        return not try_lock(file, fcntl.LOCK_SH)
+    return False
+
+
+def try_lock(file: Any, how: int) -> bool:
+    """Lock a file as flock(2) does, and return whether that worked. Raises OSError.
+
+    It is not SQLite's file: closing any descriptor of that would drop SQLite's locks.
+    """
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
         return True
@@ -1255,2038 +1149,1899 @@ def locked(file: Any, how: int) -> bool:
         return False
 
 
-def make(path: str) -> None:
-    """Make a file of the queue where it is missing. Root's belongs to the folder's owner: the service is to use it.
+def create_file(path: str) -> Any:
+    """Create a file of the queue if it is missing, for its owner alone; open it. Raises OSError.
 
-    SQLite does the same with its -wal and -shm. Raises OSError.
+    If root creates it, it is given to the folder's owner, the service's user. SQLite gives its
+    -wal and -shm the same owner.
     """
-    with contextlib.suppress(FileExistsError):  # O_EXCL follows no link: the owner could have laid one for root
+    with suppress(FileExistsError):  # O_EXCL follows no link that the owner could make
         file = os.open(path, os.O_CREAT | os.O_EXCL, 0o600)
+        folder = os.stat(dirname(path))
         if os.geteuid() == 0:
-            folder = os.stat(os.path.dirname(path))
             os.chown(file, folder.st_uid, folder.st_gid)
         os.close(file)
+    return open(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "rb")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Upstreams: Threat Stack and S3, and what it means when one of them fails
-# ---------------------------------------------------------------------------------------------------------------------
+def error_json(type_: str, message: str) -> Json:
+    """Return an error as answers and `status --json` show it."""
+    return {"type": type_, "message": message}
 
-PROBE_PAUSE = 8.0  # seconds at most between probes of an upstream that is held
-LONGEST_PAUSE = 15 * 60.0  # seconds at most between tries of an alert that itself fails
-LONGEST_RETRY_AFTER = 3600.0  # seconds for which an upstream's Retry-After is believed
-NOT_FOUND_FOR = 3600.0  # seconds for which the API may lag behind the webhook
+
+# --------------------------------------------------------------------------------------------------
+# Circuit breaker: what an error says of its upstream, and what follows
+# --------------------------------------------------------------------------------------------------
+
+MAX_PROBE_PAUSE = 8.0  # seconds at most between probes of an unavailable upstream
+MAX_RETRY_PAUSE = 15 * 60.0  # seconds at most between tries of an alert
+MAX_RETRY_AFTER = 3600.0  # seconds for which Retry-After is believed
+TITLES = {"s3": "S3", "threatstack": "Threat Stack"}
+# Types of errors, as regular expressions: after these it is unknown whether the upstream works.
+UNKNOWN = (
+    "threatstack_(timeout|broken_off|bad_answer)|s3_(ReadTimeoutError|ConnectionClosedError|"
+    "RequestTimeout|ResponseStreamingError|IncompleteReadError|ResponseParserError|BadDigest|"
+    "bad_answer)"
+)
+CREDENTIALS = (
+    "s3_(NoCredentialsError|PartialCredentialsError|CredentialRetrievalError|ProfileNotFound|"
+    "ConfigParseError|InvalidConfigError|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|"
+    "ExpiredToken|InvalidClientTokenId|MetadataRetrievalError)"
+)
+ADVICE = (  # what to do, by type of error and its text; the first that matches counts
+    (
+        "s3_.*CERTIFICATE_VERIFY_FAILED",
+        "Check this machine's clock. For a private CA name its PEM file in AWS_CA_BUNDLE",
+    ),
+    (
+        ".*CERTIFICATE_VERIFY_FAILED",
+        "Check this machine's clock. For a private CA name its PEM file in SSL_CERT_FILE",
+    ),
+    (
+        CREDENTIALS,
+        "Check the AWS credentials: the instance's role, or secrets/aws_credentials. For a role "
+        "behind a proxy set NO_PROXY=169.254.169.254",
+    ),
+    (
+        "threatstack_unauthorized",
+        "Check [threatstack] api_key; for a v2 key set auth = hawk, user_id and organization_id, "
+        "and check this machine's clock",
+    ),
+    ("threatstack_forbidden", "Allow [threatstack] api_key to read alerts"),
+    (
+        "threatstack_(not_found|wrong_detail|bad_answer)",
+        "The API may lag. If all alerts fail so, check [threatstack] base_url",
+    ),
+    ("threatstack_rate_limited", "No action needed: ts3d waits as long as the API asks"),
+    (
+        "s3_403",
+        "Check [s3] endpoint_url. Allow s3:PutObject and, for backfill, s3:GetObject and "
+        "s3:ListBucket; see README.md",
+    ),
+    (
+        "s3_AccessDenied",
+        "Allow s3:PutObject on the bucket's objects, and its KMS key; see README.md",
+    ),
+    ("s3_(NoSuchBucket|InvalidBucketName)", "Correct [s3] bucket"),
+    ("s3_RequestTimeTooSkewed", "Set this machine's clock: timedatectl set-ntp yes"),
+    ("s3_NotImplemented", "The store must accept SHA-256 checksums (x-amz-checksum-sha256)"),
+    ("s3_KMS", "Check SSEKMSKeyId and its key policy: an enabled symmetric key in the same region"),
+    (
+        "s3_(InvalidRequest|InvalidArgument|InvalidStorageClass)",
+        "Check [s3:put_object]; for Object Lock prefer the bucket's default retention",
+    ),
+    (".*Proxy|[a-z0-9]+_407", "Check the proxy that HTTPS_PROXY or HTTP_PROXY names"),
+    (
+        f"{UNKNOWN}|[a-z0-9]+_(5..|SlowDown|InternalError|ServiceUnavailable)",
+        "No action needed: ts3d retries. If it lasts, check the network, [s3] endpoint_url and "
+        "[threatstack] base_url",
+    ),
+    ("s3_", "Check [s3] endpoint_url and region, DNS, firewall and proxy"),
+    ("", "Check [threatstack] base_url, DNS, firewall and proxy"),
+)
+
+
+def kind_of_error(type_: str, status: int) -> str:
+    """Return what an upstream's error says; `status` is HTTP's, 0 if there was no answer.
+
+    | kind        | errors                                     | what follows                     |
+    |-------------|--------------------------------------------|----------------------------------|
+    | unavailable | no connection, 401, 403, 407, 429; of S3   | the circuit breaker opens        |
+    |             | every refusal but those below              |                                  |
+    | failing     | 408, 5xx, time-outs, answers that break    | the second in a row, of whatever |
+    |             | off, redirects of Threat Stack             | alert, opens it                  |
+    | alert       | other 4xx and bad answers of Threat Stack; | this alert waits; the upstream   |
+    |             | 409 of S3 (a conflict on one key)          | works                            |
+    """
+    s3 = type_.startswith("s3_")
+    if s3 and status == 409:
+        return "alert"
+    if status >= 500 or status == 408 or re.match(UNKNOWN, type_):
+        return "failing"
+    if s3 or status in (0, 401, 403, 407, 429):
+        return "unavailable"
+    return "failing" if 300 <= status < 400 else "alert"
+
+
+def advice(error: str) -> str:
+    """Return what an administrator should do about an upstream's error, given type and text."""
+    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE"):
+        file = environ.get(name, "")
+        if file and (not exists(file) or "X509" in error):
+            return f"{name} names {file}, which does not exist or has no certificate. Correct it"
+    return next(text for pattern, text in ADVICE if re.match(pattern, error, re.DOTALL))
 
 
 class UpstreamError(Exception):
-    """A call that failed: `type` and text, for programs and people, and what follows from it.
+    """A failed call: `type` and `kind` for programs, a text with an instruction for people."""
 
-    `scope`: "all" holds the upstream at once; "some" does when it strikes two different alerts; "alert" says that
-    the upstream works and this alert is the trouble. `retry_after`: seconds. `longest` is filled in by Upstream.call:
-    the longest pause in seconds before the alert's next try, None where the upstream is held.
-    """
-
-    longest: float | None = LONGEST_PAUSE
-    status = 0  # HTTP's, 0 where there was no answer
-
-    def __init__(self, upstream: str, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> None:
-        super().__init__(printable(redact(text))[:500])
-        self.upstream, self.cause = upstream, re.sub("[^A-Za-z0-9]", "_", cause)[:60]
-        self.type = f"{upstream}_{self.cause}"
-        self.scope, self.retry_after = scope, min(retry_after, LONGEST_RETRY_AFTER)
-
-    def as_json(self) -> dict[str, Any]:
-        """The error as answers show it."""
-        return {"type": self.type, "message": str(self)}
-
-
-def backoff(tries: int, longest: float) -> float:
-    """Seconds until the next try: exponential from 1 s on with full jitter.
-
-    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-    """
-    return random.uniform(0, min(longest, 2.0 ** min(tries - 1, 20)))
-
-
-@dataclass
-class Hold:
-    """An outage: since when and until which probe (monotonic clock), how many probes failed, and the last error.
-
-    `began` is `since` in seconds since the epoch, for people.
-    """
-
-    since: float
-    probe_at: float
-    tries: int
-    error: UpstreamError
-    began: float
-
-
-class Upstream:
-    """What Threat Stack and S3 have in common: calls under way, and the hold that an outage puts on all of them."""
-
-    name = title = "upstream"  # in types of errors and in the log; in messages
-    # What is known of errors: a pattern of `cause: text`, a scope (None: as it would be), a hint. The first counts.
-    REFUSALS: tuple[Refused, ...] = ()
-    BAD_CERTIFICATE: tuple[Refused, ...] = (
-        ("certificate has expired", None, "is this machine's clock right? If so, they have to renew their certificate"),
-        ("not yet valid", None, "is this machine's clock right?"),
-        ("CERTIFICATE_VERIFY_FAILED", None, "is it the right address, and does this machine trust its certificate?"),
-    )
-    clocks = (0.0, "")  # this machine's (seconds since the epoch) and the upstream's (HTTP's Date) at the last answer
-    seats: int | None = None  # how many jobs may be at it at once
-
-    def __init__(self) -> None:
-        self.hold: Hold | None = None
-        self._lock = threading.Lock()
-        self._seated = 0
-        self._calls: dict[int, float] = {}  # when each call under way began, by job
-        self._worked = 0.0  # when the last call succeeded
-        self._suspect: int | None = None  # the job that failed last, if nothing worked since
-
-    def free(self, n: int) -> int:
-        """How many of `n` calls may begin now: of a held upstream one, if its next probe is due."""
-        with self._lock:
-            if self.hold:
-                return min(n, 1) if time.monotonic() >= self.hold.probe_at else 0
-            return n if self.seats is None else min(n, self.seats - self._seated)
-
-    def admit(self, jobs: list[Job]) -> None:
-        """Give these jobs a seat where seats are counted; where the upstream is held, they are its probe."""
-        with self._lock:
-            for job in jobs:
-                if self.seats is not None:
-                    self._seated += 1
-                    job.seated = True
-                if self.hold:
-                    self.hold.probe_at = time.monotonic() + PROBE_PAUSE  # a probe that hangs is followed by another
-                    job.probe = True
-
-    def leave(self, job: Job) -> None:
-        """Give back the job's seat, if it has one."""
-        with self._lock:
-            if job.seated:
-                self._seated -= 1
-                job.seated = False
-
-    def call(self, job: Job, function: Callable[..., T], *args: Any) -> T:
-        """Call `function` for this job and learn from it how the upstream is. Raises UpstreamError."""
-        if (hold := self.hold) and not job.probe:
-            raise hold.error.with_traceback(None)  # one that is raised again and again would keep every frame
-        started, failed_at = time.monotonic(), json.loads(job.error or "{}").get("at", 0)
-        if failed_at > started:  # before the machine's last boot, that is
-            failed_at = 0
-        worked = self._worked > failed_at
-        self._calls[job.number] = started
-        try:
-            result = function(*args)
-        except UpstreamError as error:
-            self._learn(error, job.number, started, worked)
-            raise
-        finally:
-            del self._calls[job.number]
-        self._succeed(started)
-        return result
-
-    def _succeed(self, started: float) -> None:
-        with self._lock:
-            self._worked, self._suspect = time.monotonic(), None
-            # A call from before the hold says nothing: it may have passed just before a rate limit struck.
-            if self.hold and started >= self.hold.since:
-                log.warning("%s is back after %.0f s", self.name, self._worked - self.hold.since)
-                self.hold = None
-
-    def _learn(self, error: UpstreamError, number: int, started: float, worked: bool = False) -> None:
-        """Note a failure of a call; `worked`: since the job failed last and before it began, the upstream did."""
-        if error.scope == "alert":
-            return self._succeed(started)
-        now = time.monotonic()
-        with self._lock:
-            stale = started < self._worked  # others have succeeded since this call began
-            if not self.hold and error.scope == "some" and (stale or self._suspect in (None, number)):
-                # Unless it has worked for others since this alert failed last (or at all), nothing says that this alert
-                # is the trouble, so it is tried again as soon as a held upstream is probed.
-                error.longest = LONGEST_PAUSE if worked else PROBE_PAUSE
-                if not stale:
-                    self._suspect = number
-                return
-            began = not self.hold
-            hold = self.hold = self.hold or Hold(now, now, 0, error, time.time())
-            if began or started >= hold.since:
-                hold.tries += 1
-                hold.probe_at = now + backoff(hold.tries, PROBE_PAUSE)
-                hold.error = error
-            hold.probe_at = max(hold.probe_at, now + error.retry_after)
-            error.longest = None
-        if began:
-            log.warning("%s is held: %s", self.name, error)
-
-    def trouble(self) -> UpstreamError | None:
-        """What stands in the way of this upstream's calls now: a hold, or calls that get no answer."""
-        with self._lock:
-            if self.hold:
-                return self.hold.error
-            oldest = min(self._calls.copy().values(), default=0)
-            silent = time.monotonic() - oldest if oldest > self._worked else 0
-        return self.error("silent", f"no answer yet for {silent:.1f} s") if silent > 0.5 else None
-
-    def check(self) -> str:
-        """Make the cheapest call there is; what it proves, in words. Raises UpstreamError."""
-        raise NotImplementedError
-
-    def works(self) -> bool:
-        """Whether that call succeeds; a hold forbids it like any other, and it may begin one."""
-        started = time.monotonic()
-        if self.hold:
-            return False
-        try:
-            self.check()
-        except UpstreamError as error:
-            if error.scope == "all":
-                self._learn(error, 0, started)
-            return False
-        self._succeed(started)
-        return True
-
-    def error(self, cause: str, text: str, scope: str = "some", retry_after: float = 0) -> UpstreamError:
-        """An UpstreamError of this upstream; what REFUSALS says of it goes before `scope`."""
-        hint = ""
-        for pattern, known, says in self.REFUSALS:
-            if re.search(pattern, f"{cause}: {text}"):
-                scope, hint = known or scope, f" ({says})" if says else ""
-                break
-        return UpstreamError(self.name, cause, f"{self.title}{hint}: {text}", scope, retry_after)
-
-    @contextlib.contextmanager
-    def logged(self, call: str) -> Iterator[list[str]]:
-        """Show a call in the log at DEBUG, with what came of it, which is put into this context's value."""
-        began, said = time.monotonic(), list[str]()
-        try:
-            yield said
-        except Exception as error:  # goes on as it came: what a call ended with is shown, whatever it was
-            said.append(getattr(error, "type", type(error).__name__))
-            raise
-        finally:
-            log.debug("%s %s seconds=%.3f", call, " ".join(said), time.monotonic() - began)
-
-    def skew(self) -> float | None:
-        """Seconds by which this machine's clock is before the upstream's (RFC 9110, section 6.6.1), if known."""
-        ours, theirs = self.clocks
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            # Half of the second to which theirs was cut.
-            return ours - calendar.timegm(parsedate_to_datetime(theirs).utctimetuple()) - 0.5
-        return None
+    def __init__(
+        self, upstream: str, cause: Any, text: str, status: int = 0, headers: Any = None
+    ) -> None:
+        self.type = f"{upstream}_{re.sub('[^A-Za-z0-9]', '_', str(cause))[:60]}"
+        self.upstream, self.status = upstream, status
+        self.kind = kind_of_error(self.type, status)
+        self.retry_after = min(retry_after(headers or {}), MAX_RETRY_AFTER)
+        what = text[:400].rstrip(".")
+        super().__init__(printable(f"{TITLES[upstream]}: {what}. {advice(f'{self.type} {text}')}"))
 
 
 def retry_after(headers: Any) -> float:
-    """Seconds from `Retry-After`, a number or a date (RFC 9110, section 10.2.3), or from Threat Stack's header."""
-    value, milliseconds = (headers.get(name, "").strip() for name in ("Retry-After", "x-rate-limit-reset"))
-    decimal, seconds = r"[0-9]{1,12}(\.[0-9]+)?", 0.0
-    if re.fullmatch(decimal, value):
-        seconds = float(value)
-    elif value:
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            # As UTC, also where a date names no zone, as asctime's does not: timestamp() would take that for local.
-            seconds = calendar.timegm(parsedate_to_datetime(value).utctimetuple()) - time.time()
-    return max(seconds, float(milliseconds) / 1000 if re.fullmatch(decimal, milliseconds) else 0.0)
+    """Return seconds from Retry-After, a number or date (RFC 9110, 10.2.3), or Threat Stack's own.
 
-
-class Wire(io.RawIOBase):
-    """A socket whose reads and writes end at one moment, `deadline` (monotonic clock), or after seconds of `silence`.
-
-    A socket's own time-out is for each call, and a peer that sends a byte now and then never reaches it. `room`: bytes
-    that may come.
+    `x-rate-limit-reset` is in milliseconds.
     """
-
-    room = math.inf
-
-    def __init__(self, sock: socket.socket, deadline: float, silence: float = math.inf) -> None:
-        self.sock, self.deadline, self.silence = sock, deadline, silence
-
-    def arm(self) -> Any:
-        """The socket, given the time that is left. Raises TimeoutError where there is none."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        left = min(left, self.silence)
-        now = self.sock.gettimeout()
-        if not now or abs(left - now) > 0.02:  # a system call, also where nothing changes
-            self.sock.settimeout(left)
-        return self.sock
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """As socket.recv_into, within the deadline."""
-        count = int(self.arm().recv_into(buffer))
-        self.room -= count
-        if self.room < 0:
-            raise OSError(errno.EMSGSIZE, "too much was sent")
-        return count
-
-    def sendall(self, data: Any) -> None:
-        """As socket.sendall, within the deadline."""
-        self.arm().sendall(data)
-
-    def makefile(self, *_: Any) -> io.BufferedReader:
-        """A buffered file to read from."""
-        return io.BufferedReader(self)
-
-    def shutdown(self, how: int) -> None:
-        """As socket.shutdown, of a connection that may be gone already."""
-        with contextlib.suppress(OSError):
-            # SSLSocket's own would take TLS away under the thread that uses it, and what follows would be plain text.
-            socket.socket.shutdown(self.sock, how)
-
-    def close(self) -> None:
-        """Nothing: who made the socket closes it. http.client would do so before the answer has been read."""
+    decimal = r"[0-9]{1,12}(\.[0-9]+)?"
+    after, reset = headers.get("Retry-After", ""), headers.get("x-rate-limit-reset", "")
+    pause = -(skew_of(after) or 0.0)
+    if fullmatch(decimal, after):
+        pause = float(after)
+    if fullmatch(decimal, reset):
+        pause = max(pause, float(reset) / 1000)
+    return max(pause, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Threat Stack
-# ---------------------------------------------------------------------------------------------------------------------
+def skew_of(date: str | None) -> float | None:
+    """Return the seconds by which this clock is ahead of an HTTP date (RFC 9110, 5.6.7)."""
+    with suppress(ValueError, TypeError, OverflowError):
+        moment = parsedate_to_datetime(date or "")
+        return time.time() - moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+    return None
 
 
-PORTS = {"http": 80, "https": 443}
+def proxy_of(target: str) -> str:
+    """Return ` through proxy URL`, without a password, if the environment names one for a URL."""
+    parts = urlsplit(target)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    return " through proxy " + re.sub("//[^/]*@", "//", proxy)
 
 
-class ApiHandler(urllib.request.BaseHandler):
-    """urllib's handler of http: and https:. A request's `wire` is its connection, which who sent it has to close."""
+def backoff(tries: int, low: float, high: float) -> float:
+    """Return seconds until the next try: exponential with full jitter, from `low` to `high`.
 
-    def __init__(self, dial: Callable[[str, int], Wire], tls: Callable[[], ssl.SSLContext]) -> None:
-        self.dial, self.tls = dial, tls
+    Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+    return random.uniform(low, min(high, 2.0 ** min(tries, 20)))
 
-    def http_open(self, request: Any) -> http.client.HTTPResponse:
-        """What urllib calls. Raises URLError for what fails before the request is sent, OSError, HTTPException."""
-        to, connection = urllib.parse.urlsplit(request.full_url), http.client.HTTPConnection(request.host)
+
+class CircuitBreaker:
+    """Decides whether an upstream may be called: closed, open, or half-open (one call probes)."""
+
+    name = "upstream"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.date: str | None = None  # HTTP's Date of the last answer
+        self.error = partial(UpstreamError, self.name)
+        self.open_for: UpstreamError | None = None  # the error that opened it; None: closed
+        self.probe_at = 0.0  # monotonic clock
+        self.worked_at = 0.0  # when a call succeeded last, monotonic clock
+        self.on_open: Callable[[], None] = lambda: None
+        self._opened_at = self._retry_at = 0.0
+        self._failures = 0  # in a row; while open, failed probes
+        self._breaker_lock = Lock()
+
+    def allowance(self, n: int) -> int:
+        """Return how many of `n` calls may begin now."""
+        if not self.open_for:
+            return n
+        return min(n, 1) if monotonic() >= self.probe_at else 0
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function`, and learn from the result. Raises UpstreamError."""
+        started = monotonic()
         try:
-            tls = self.tls() if to.scheme == "https" else None
-            connection.sock = request.wire = wire = self.dial(str(to.hostname), to.port or PORTS[to.scheme])
-            if tls:
-                wire.sock = tls.wrap_socket(wire.arm(), server_hostname=to.hostname)
-            # http.client, which knows of no TLS here, would leave out a port of 80.
-            headers = {**request.headers, "Host": request.host, "Connection": "close"}
-            connection.request("GET", request.selector, headers=headers)
-        except OSError as error:
-            raise urllib.error.URLError(error) from None
-        wire.room = 2 * ThreatStack.MAX_BODY  # http.client reads all there is of a chunk of size -1
-        return connection.getresponse()
+            result = function(*args)
+        except UpstreamError as error:
+            self.failure(error, started)
+            raise
+        self.success(started)
+        took = monotonic() - started
+        debug(f"{self.name} {function.__name__}", of=args[0], seconds=took)
+        return result
 
-    https_open = http_open
+    def success(self, started: float) -> None:
+        """Learn that a call succeeded that began at `started` (monotonic clock)."""
+        with self._breaker_lock:
+            self.worked_at = monotonic()
+            # A call that began before the opening says nothing: a rate limit may have struck since.
+            if self.open_for and started < self._opened_at:
+                return
+            recovered, self.open_for, self._failures = self.open_for, None, 0
+        if recovered:
+            warning(f"{self.name} recovered after {self.worked_at - self._opened_at:.0f} s")
+
+    def failure(self, error: UpstreamError, started: float) -> None:
+        """Learn that a call failed that began at `started` (monotonic clock)."""
+        if error.kind == "alert":
+            return self.success(started)
+        now = monotonic()
+        with self._breaker_lock:
+            was_open = self.open_for is not None
+            self._retry_at = max(self._retry_at, now + error.retry_after)
+            self.probe_at = max(self.probe_at, self._retry_at)
+            if was_open and started < self._opened_at:
+                return
+            self._failures += 1
+            if error.kind == "failing" and self._failures < 2 and not was_open:
+                return
+            if not was_open:
+                self._opened_at, self._failures = now, 0
+            pause = backoff(self._failures, 1, MAX_PROBE_PAUSE)
+            self.probe_at = max(now + pause, self._retry_at)
+            self.open_for = error
+        if was_open:
+            debug(f"{self.name} still unavailable: {error}")
+        else:
+            warning(f"{self.name} unavailable: {error}")
+            self.on_open()
 
 
-def hawk(config: Config, url: str) -> str:
-    """The `Authorization` of one GET, signed by Hawk 1 with a time and a nonce of its own.
+# --------------------------------------------------------------------------------------------------
+# Threat Stack
+# --------------------------------------------------------------------------------------------------
 
-    https://github.com/mozilla/hawk/blob/main/API.md. There is no body, so no hash of one.
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key would go along."""
+
+    def redirect_request(self, *args: Any) -> None:
+        """Decline."""
+
+
+def hawk(config: Config, target: str) -> str:
+    """Return the `Authorization` of one GET, signed by Hawk 1; there is no body and no hash of one.
+
+    Source: https://github.com/mozilla/hawk/blob/main/API.md
     """
-    to, now, nonce = urllib.parse.urlsplit(url), int(time.time()), secrets.token_urlsafe(9)
-    ext, port = config.organization_id, to.port or PORTS[to.scheme]
-    lines = ("hawk.1.header", now, nonce, "GET", f"/{url.split('/', 3)[3]}", to.hostname, port, "", ext, "")
-    digest = hmac.digest(config.api_key.encode(), "\n".join(map(str, lines)).encode(), "sha256")
+    parts = urlsplit(target)
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    path = target.split("/", 3)[3]
+    now, nonce, ext = int(time.time()), secrets.token_urlsafe(9), config.organization_id
+    text = f"hawk.1.header\n{now}\n{nonce}\nGET\n/{path}\n{parts.hostname}\n{port}\n\n{ext}\n"
+    digest = hmac.digest(config.api_key.encode(), text.encode(), "sha256")
     mac = base64.b64encode(digest).decode()
     return f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{mac}"'
 
 
-class ThreatStack(Upstream):
-    """Threat Stack's REST API: version 1 with `auth = key`, version 2 with `hawk`. https://apidocs.threatstack.com"""
+class ThreatStack(CircuitBreaker):
+    """Threat Stack's REST API: v1 with `auth = key`, v2 with `hawk`. Methods are thread-safe.
 
-    name, title = "threatstack", "Threat Stack"
-    MAX_BODY = 32 << 20  # bytes of an answer
-    MAX_SKEW = 60  # seconds that Hawk's clocks may differ, and that `check` lets all differ
-    CAUSES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 429: "rate_limited"}
-    UNAUTHORIZED = {
-        "key": "is [threatstack] api_key right? One of API v1, that is: one of v2 takes auth = hawk",
-        "hawk": "are [threatstack] user_id, api_key and organization_id right, and of API v2? A key of v1: auth = key",
-    }
-    REFUSALS: tuple[Refused, ...] = (
-        ("^clock:", "all", "set this machine's clock right, by NTP for example: Hawk allows it a minute"),
-        ("^forbidden:", "some", "may [threatstack] api_key read alerts?"),
-        ("^not_found:", "alert", "not there yet, or is [threatstack] base_url right?"),
-        ("^rate_limited:", "all", "too many calls, of all of the organization's programs; it passes by itself"),
-        ("^30[12378]:", "some", "not followed: is [threatstack] base_url right?"),
-        ("^bad_answer: the answer is not JSON|^405:", None, "is [threatstack] base_url right?"),
-        *Upstream.BAD_CERTIFICATE,
-        ("^unreachable:", None, "is [threatstack] base_url right, and does this machine reach it?"),
-    )
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.REFUSALS = (("^unauthorized:", "all", self.UNAUTHORIZED[config.auth]), *self.REFUSALS)
-        # While Threat Stack hangs, some workers must be left for webhooks, which need only S3.
-        self.seats = max(1, config.workers - max(1, config.workers // 8))
-        # A call that hangs must not keep its alert for the whole of a long time-out once Threat Stack is back.
-        self.silence = min(config.timeout, max(10.0, config.timeout / 3))
-        # Made at first use, and anew after a failure: reading the system's certificates takes longer than a call.
-        self.tls = functools.lru_cache(1)(ssl.create_default_context)
-        # With this handler alone: no redirect is followed (the key would leave with it), no proxy of the environment
-        # obeyed, no file: opened, and an error status is an answer like any other.
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(ApiHandler(self._dial, self.tls))
-
-    def get(self, path: str, id_: str | None = None) -> bytes:
-        """The answer to GET `path`: JSON, no error, and of alert `id_` where one is named. Raises UpstreamError."""
-        body = self._fetch(self.config.base_url + path)
-        try:
-            _, value = read_json(body)
-        except Malformed as error:
-            raise self.error("bad_answer", f"the answer is {error}") from None
-        members = dict(value) if isinstance(value, tuple) else {}
-        if id_ and (not members or members.get("id", id_) != id_):
-            raise self.error("bad_answer", "the answer is not this alert's detail")
-        is_error = "id" not in members and (members.get("errors") or members.get("status") == "error")
-        if is_error or not (members or isinstance(value, list)):
-            raise self.error("bad_answer", "the answer is no object or list, is empty, or is an error with status 200")
-        if path.endswith("/events") and members.get("token") is not None:
-            log.warning("%s: there are more events than the API gives at once; the first are archived", path)
-        return body
-
-    def _fetch(self, url: str) -> bytes:
-        """The body of the 200 to GET `url`. Raises UpstreamError."""
-        headers = {"User-Agent": f"ts3d/{VERSION}", "Accept": "application/json", "Authorization": self.config.api_key}
-        if self.config.auth == "hawk":
-            headers["Authorization"] = hawk(self.config, url)
-        elif self.config.organization_id:
-            headers["Organization"] = self.config.organization_id
-        sent = time.time()
-        with self.logged(f"GET {url}") as said:
-            response, body = self._exchange(url, headers)
-            self.clocks = (time.time(), response.headers.get("Date", ""))
-            if response.status != 200:
-                raise self._refusal(response, body, sent)
-            if len(body) > self.MAX_BODY:
-                raise self.error("bad_answer", f"an answer of over {self.MAX_BODY} bytes")
-            if response.length:  # read(n) returns what came where the peer closed early
-                raise self.error("broken_off", f"the answer broke off {response.length} bytes before its end")
-            said.append(f"200 bytes={len(body)}")
-            return body
-
-    def _exchange(self, url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
-        """The answer to GET `url`, whatever it is, and as much of its body as is taken. Raises UpstreamError."""
-        request = urllib.request.Request(url, headers=headers)
-        try:
-            response = self.opener.open(request)
-            return response, response.read(self.MAX_BODY + 1)
-        except urllib.error.URLError as error:
-            self.tls.cache_clear()  # it may be mended by a certificate that is added to the system's
-            said = f"{self.config.base_url} cannot be reached: {error.reason}"
-            raise self.error("unreachable", said, "all") from None
-        except TimeoutError:
-            limits = f"{self.config.timeout:g} s ([threatstack] timeout), or silent for {self.silence:g} s"
-            raise self.error("timeout", f"no whole answer within {limits}") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a chunk of size -2
-            raise self.error("broken_off", f"the answer broke off: {error}") from None
-        finally:
-            if wire := getattr(request, "wire", None):
-                with contextlib.suppress(OSError):  # it is closed all the same (close(2))
-                    wire.sock.close()
-
-    def _dial(self, host: str, port: int) -> Wire:
-        """Connect, with one deadline for all of the name's addresses, from when they are known on. Raises OSError."""
-        found = [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        deadline = time.monotonic() + self.config.timeout
-        while True:
-            left = max(0.001, deadline - time.monotonic())
-            try:
-                sock = socket.create_connection((found.pop(0), port), min(self.silence, left))
-                return Wire(sock, deadline, self.silence)
-            except OSError:
-                if not found:
-                    raise
-
-    def _refusal(self, response: http.client.HTTPResponse, body: bytes, sent: float) -> UpstreamError:
-        """What an answer that is no 200 means, to a request that was signed at `sent`."""
-        cause = self.CAUSES.get(response.status, str(response.status))
-        said = f"{response.status} {body[:4000].decode(errors='replace')}"
-        if response.status == 401 and self.config.auth == "hawk":
-            # The server's clock by Hawk's own word, or by HTTP's date.
-            challenges = ", ".join(response.headers.get_all("WWW-Authenticate", []))
-            match = re.search(r'(?i)\bHawk (?:.*[ ,])?ts="([0-9]{1,12})', challenges)
-            ahead = int(sent) - float(match[1]) if match else self.skew() or 0.0
-            if abs(ahead) >= (1 if "stale" in f"{challenges} {said}".lower() else self.MAX_SKEW):
-                cause, said = "clock", f"it is {abs(ahead):.0f} s {'fast' if ahead > 0 else 'slow'}: {said}"
-        error = self.error(cause, said, retry_after=retry_after(response.headers))
-        error.status = response.status
-        return error
-
-    def check(self) -> str:
-        """Ask for a list of one alert; of version 2, whether the signature is right, and for the last day's."""
-        if self.config.auth == "hawk":
-            self._fetch(urllib.parse.urljoin(self.config.base_url, "/help/hawk/self-test"))
-            # That was at the host's root: this tells whether the path is right too.
-            day = urllib.parse.urlencode({"from": rfc_3339(time.time() - 86400), "until": rfc_3339(time.time())})
-            self.get(f"/alerts?status=active&{day}")
-            return f"{self.config.base_url} takes the signature"
-        self.get("/alerts?count=1")
-        return f"{self.config.base_url} takes the key"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# S3
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class S3(Upstream):
-    """AWS S3, or a server that speaks its protocol, by boto3.
-
-    https://boto3.amazonaws.com/v1/documentation/api/latest/reference/services/s3/client/put_object.html
+    Source: https://apidocs.threatstack.com
     """
 
-    name, title = "s3", "S3"
-    HEADS = 8  # objects that backfill looks for at once
-    CREDENTIALS = (
-        "NoCredentialsError PartialCredentialsError CredentialRetrievalError ProfileNotFound ConfigParseError "
-        "InvalidConfigError InvalidAccessKeyId SignatureDoesNotMatch InvalidToken ExpiredToken InvalidClientTokenId"
-    ).split()
-    REFUSALS: tuple[Refused, ...] = (
-        ("^(ReadTimeoutError|ConnectionClosedError|ResponseStreamingError|IncompleteReadError):", "some", ""),
-        (f"^({'|'.join(CREDENTIALS)}):", "all", "are the credentials right where boto3 looks for them?"),
-        ("^(NoSuchBucket|InvalidBucketName):", "all", "is [s3] bucket right?"),
-        ("^RequestTimeTooSkewed:|request time and", "all", "is this machine's clock right?"),
-        (
-            "^(AuthorizationHeader|PermanentRedirect|IllegalLocation|30[12378])",
-            "all",
-            "are [s3] region and endpoint_url right?",
-        ),
-        ("^KMS", None, "is SSEKMSKeyId of [s3:put_object] an enabled symmetric key of the bucket's region?"),
-        (
-            "(?i)object.?lock|retain.?until",
-            None,
-            "has the bucket Object Lock? Its own default retention is better than [s3:put_object]'s, whose date passes",
-        ),
-        ("^(InvalidRequest|InvalidArgument|InvalidStorageClass):", None, "is [s3:put_object] right for this bucket?"),
-        *Upstream.BAD_CERTIFICATE,
-        (
-            "^(EndpointConnectionError|ConnectTimeoutError|SSLError|ResponseParserError|bad_answer"
-            "|MethodNotAllowed|NotImplemented|40[045]|50[0-9]):",
-            None,
-            "is [s3] endpoint_url right, or region where that is not set, and does this machine reach it?",
-        ),
-    )
-    PERMISSIONS = {  # that parameters of [s3:put_object] take beside s3:PutObject
-        "Tagging": "s3:PutObjectTagging",
-        "ACL|Grant.*": "s3:PutObjectAcl",
-        "ObjectLock(Mode|RetainUntilDate)": "s3:PutObjectRetention",
-        "ObjectLockLegalHoldStatus": "s3:PutObjectLegalHold",
-        "SSEKMSKeyId": "kms:GenerateDataKey (on the key)",
-    }
+    name = "threatstack"
+    MAX_BODY = 8 << 20  # bytes of an answer
+    CAUSES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 429: "rate_limited"}
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config, parameters = config, " ".join(config.put_object)
-        more = (action for name, action in self.PERMISSIONS.items() if re.search(rf"\b({name})\b", parameters))
-        needs = f"it takes {', '.join(('s3:PutObject', *more))} on {config.bucket}/{self.key('*')}, and its KMS key's"
-        self.REFUSALS = (("^(AccessDenied|403):(?!.*request time and)", "some", needs), *self.REFUSALS)
+        super().__init__(config)
+        self._parsing = Lock()  # hostile JSON takes 25 times its size: one at a time
+        # Proxies are those of the environment. This reads the system's certificates.
+        https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
+        self._opener = urllib.request.build_opener(https, NoRedirects)
+
+    def get(self, path: str, id_: str | None = None) -> bytes:
+        """GET `path`; return its JSON, which is that of alert `id_`. Raises UpstreamError."""
+        body = self._fetch(self.config.base_url + path)
+        with self._parsing:
+            try:
+                _, value = read_json(body)
+            except Malformed as error:
+                raise self.error("bad_answer", f"the answer is {error}", 200) from None
+            is_list = isinstance(value, list) and not id_
+            members: Json = {}
+            if isinstance(value, tuple) and value:
+                known = ("id", "errors", "status", "token")
+                members = {"object": True} | {name: part for name, part in value if name in known}
+            del value
+        is_error = members.get("errors") or members.get("status") == "error"
+        wrong_id = id_ is not None and members.get("id", id_) != id_
+        if wrong_id or not (members or is_list) or (is_error and "id" not in members):
+            text = "the answer is an error with status 200, or not this alert's detail"
+            raise self.error("wrong_detail" if id_ else "bad_answer", text, 200)
+        if path.endswith("/events") and members.get("token"):
+            warning("there are more events than the API returns at once", path=path)
+        return body
+
+    def _fetch(self, target: str) -> bytes:
+        """Return the body of the 200 to GET `target`. Raises UpstreamError."""
+        limit = self.config.timeout
+        headers = {"User-Agent": f"ts3d/{VERSION}", "Authorization": self.config.api_key}
+        if self.config.auth == "hawk":
+            headers["Authorization"] = hawk(self.config, target)
+        elif self.config.organization_id:
+            headers["Organization"] = self.config.organization_id
+        request = urllib.request.Request(target, headers=headers)
+        deadline, body = monotonic() + limit, bytearray()
+        try:
+            # A third, or at least 10 s: a name may have several addresses, and the first be dead.
+            with self._open(request, max(limit / 3, min(limit, 10.0))) as response:
+                while len(body) <= self.MAX_BODY and (piece := response.read1(65536)):
+                    body += piece
+                    if monotonic() > deadline:
+                        raise TimeoutError
+        except urllib.error.URLError as error:
+            text = f"{self.config.base_url} cannot be reached{proxy_of(target)}: {error.reason}"
+            raise self.error("unreachable", text) from None
+        except TimeoutError:
+            text = f"no whole answer within [threatstack] timeout = {limit:g} s"
+            raise self.error("timeout", text) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self.error("broken_off", f"the answer broke off: {error!r}") from None
+        self.date, status = response.headers.get("Date"), response.status
+        if status != 200:
+            said = body[:200].decode(errors="replace")
+            text = f"{status} {response.reason}{proxy_of(target)} {said}"
+            raise self.error(self.CAUSES.get(status, status), text, status, response.headers)
+        if len(body) > self.MAX_BODY:
+            raise self.error("bad_answer", f"the answer is over {self.MAX_BODY} bytes", 200)
+        if response.length:
+            raise self.error("broken_off", f"the answer lacks {response.length} bytes")
+        coding = response.headers.get("Content-Encoding", "identity").lower()
+        if coding not in ("identity", "gzip"):
+            raise self.error("bad_answer", f"Content-Encoding: {coding}", 200)
+        if coding == "gzip":  # though not asked for
+            return zlib.decompressobj(31).decompress(bytes(body), self.MAX_BODY)
+        return bytes(body)
+
+    def _open(self, request: urllib.request.Request, limit: float) -> Any:
+        """Return the response, of whatever status. Raises OSError, HTTPException."""
+        started = monotonic()
+        try:
+            response = self._opener.open(request, timeout=limit)
+        except urllib.error.HTTPError as error:
+            response = error
+        if monotonic() - started > 5:
+            warning("Threat Stack is slow. Check whether all addresses of its name answer")
+        return response
+
+    def list(self, path: str) -> tuple[str, str]:
+        """Return a page of alerts, a JSON list, and the next page's token. Raises UpstreamError."""
+        try:
+            text, value = read_json(self.get(path))
+        except UpstreamError as error:
+            if error.status == 404 and self.config.auth == "hawk":  # v2's empty list
+                return "[]", ""
+            raise
+        token: Any = ""
+        if self.config.auth == "hawk":
+            members = dict(value) if isinstance(value, tuple) else {}
+            token = members.get("token") or ""
+            value = members.get("alerts", "")
+            if value is None:
+                value = []
+            text = literal_of(text, "alerts") if value else ""
+        if not isinstance(value, list):
+            raise self.error("bad_answer", "the list of alerts is not a list", 200)
+        if not value:
+            text = "[]"
+        return text, f"{token:.0f}" if isinstance(token, float) else token
+
+    def check(self) -> str:
+        """Make the cheapest calls that prove the key; say so. Raises UpstreamError."""
+        base = self.config.base_url
+        if self.config.auth == "hawk":
+            self._fetch(urljoin(base, "/help/hawk/self-test"))
+            # That was at the host's root; this tests the path.
+            query = {"from": rfc_3339(time.time() - 86400), "until": rfc_3339(time.time())}
+            self.list(f"/alerts?status=active&{urlencode(query)}")
+        else:
+            self.get("/alerts?count=1")
+        return f"{base} accepts the key{proxy_of(base)}"
+
+
+# --------------------------------------------------------------------------------------------------
+# S3
+# --------------------------------------------------------------------------------------------------
+
+
+class S3(CircuitBreaker):
+    """AWS S3, or a store that speaks its protocol, through boto3. Methods are thread-safe.
+
+    Source: https://boto3.amazonaws.com/v1/documentation/api/latest/reference/services/s3/client/
+    """
+
+    name = "s3"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.endpoint = config.endpoint_url or "https://s3.amazonaws.com"
         self._client: Any = None
-        self._bucket_is_there = False  # as far as a HEAD's 404 is concerned
-        self._extra: dict[str, Any] = {}
-        self._connecting = threading.Lock()
+        self._extra: Json = {}
+        self._connecting = Lock()
 
     def client(self) -> Any:
-        """The one client, made at first use. Raises UpstreamError, and ConfigError for a wrong [s3:put_object]."""
-        with self._connecting:  # making a client is not thread-safe, using one is
-            client = self._client
-            if not client:
-                client, _ = self._connect("s3", self.config.region, self.config.endpoint_url)
-                # A round trip saved, and a second where a server ignores it.
-                client.meta.events.register("before-sign.s3.PutObject", without_expect)
-                client.meta.events.register("before-call.s3.HeadBucket", without_region)
+        """Return the one client, made at first use. Raises ConfigError, UpstreamError."""
+        with self._connecting:  # making a client is not thread-safe, using it is
+            if not self._client:
+                client = self._connect()
+                self.endpoint = client.meta.endpoint_url.rstrip("/")
+                right = self.endpoint.removesuffix(f"/{self.config.bucket}")
+                host = right.replace(f"://{self.config.bucket}.", "://")
+                if re.search("s3|spaces|storage", host):  # else a host may be named like its bucket
+                    right = host
+                if right != self.endpoint:  # keys would begin with the bucket's name
+                    raise ConfigError(
+                        f"{self.config.file}: [s3] endpoint_url = {self.endpoint} has the bucket's "
+                        f"name in it. Set endpoint_url = {right}"
+                    )
                 self._extra = self._parameters(client)
+                # It saves a round trip, and a second with a server that ignores it. Not signed.
+                client.meta.events.register(
+                    "before-sign.s3.PutObject",
+                    lambda request, **_: request.headers.__delitem__("Expect"),
+                )
                 self._client = client
-            return client
+            return self._client
 
-    def _connect(self, service: str, region: str | None, endpoint_url: str | None) -> tuple[Any, Any]:
-        """A client of boto3's, and the credentials that it found, None for none. Raises ConfigError, UpstreamError."""
+    def _connect(self) -> Any:
+        """Return a new client. Raises ConfigError, UpstreamError."""
         try:
             import boto3
             import botocore.config
-        except ImportError as error:
-            raise ConfigError(f"boto3 cannot be imported: {error}") from None
-        except OSError as error:  # files are used up, or the disk fails
-            raise self.error("not_loaded", f"boto3 cannot be loaded: {error}", "all") from None
-        config = botocore.config.Config(
-            max_pool_connections=max(10, self.config.workers),
-            connect_timeout=5,
-            read_timeout=10,
-            retries={"mode": "standard", "total_max_attempts": 2},  # the queue does the rest
-        )
-        try:
-            with self._errors():
-                session = boto3.session.Session()
-                client = session.client(service, region_name=region, endpoint_url=endpoint_url, config=config)
-                return client, session.get_credentials()
-        except ValueError as error:
-            raise ConfigError(f"{self.config.file}: [s3] {error}") from None
 
-    @contextlib.contextmanager
-    def _errors(self, client: Any = None) -> Iterator[None]:
-        """Raises what boto3, or this client of its, raises as UpstreamError."""
-        from botocore.exceptions import BotoCoreError, ClientError
-        from botocore.parsers import ResponseParserError
+            options = botocore.config.Config(
+                max_pool_connections=10 + 2 * self.config.workers,
+                connect_timeout=5,
+                read_timeout=10,
+                retries={"mode": "standard", "total_max_attempts": 2},  # the queue does the rest
+            )
+            session = boto3.session.Session(region_name=self.config.region)
+            return session.client("s3", endpoint_url=self.config.endpoint_url, config=options)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{self.config.file}: [s3] or boto3: {error}. Correct it") from None
+        except Exception as error:  # boto3's exceptions have no common class
+            raise self._failure(error) from None
 
-        try:
-            yield
-        except (BotoCoreError, ClientError, ResponseParserError, OSError) as error:
-            answer = error.response if isinstance(error, ClientError) else {}
-            metadata, problem, said = answer.get("ResponseMetadata", {}), answer.get("Error", {}), str(error)
-            status = metadata.get("HTTPStatusCode", 0)
-            cause = str(problem.get("Code") or status or type(error).__name__)
-            if client and self._client is client and cause in self.CREDENTIALS:
-                self._client = None  # botocore reads credentials from a file but once
-            headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
-            if headers:
-                self.clocks = (time.time(), headers.get("Date", ""))
-            right = headers.get("X-Amz-Bucket-Region") or problem.get("Region")
-            if right and client and right != client.meta.region_name:
-                said = f"the bucket is in {right}: set [s3] region = {right}. {said}"
-            refusal = self.error(cause, said, "all" if status in (0, 401, 429) else "some", retry_after(headers))
-            refusal.status = status
-            raise refusal from None
-
-    def _parameters(self, client: Any) -> dict[str, Any]:
-        """[s3:put_object] with the types of botocore's model. Raises ConfigError."""
+    def _parameters(self, client: Any) -> Json:
+        """Return [s3:put_object] with the types of botocore's model. Raises ConfigError."""
         import botocore.validate
 
         shape = client.meta.service_model.operation_model("PutObject").input_shape
-        parsers = {"boolean": boolean, "integer": whole, "long": whole, "map": json.loads}
-        extra: dict[str, Any] = {}
+        parsers: dict[str, Parser] = {"boolean": boolean, "integer": int, "map": json.loads}
+        extra: Json = {"Bucket": "b", "Key": "k"}
         for name, text in self.config.put_object.items():
             where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
             if name not in shape.members:
-                raise ConfigError(f"{where}: unknown to this boto3{nearest(name, shape.members)}")
+                likely = nearest(name, shape.members)
+                raise ConfigError(f"{where}: unknown to this boto3{likely}")
             kind = shape.members[name].type_name
             try:
+                refuse_quotes(text)
                 extra[name] = parsers.get(kind, str)(text)
-                report = botocore.validate.ParamValidator().validate({"Bucket": "b", "Key": "k", **extra}, shape)
+                report = botocore.validate.ParamValidator().validate(extra, shape)
                 if report.has_errors():
                     raise ValueError(" ".join(report.generate_report().split()))
             except ValueError as error:
-                raise ConfigError(f"{where} = {text!r}: {error} (its type is {kind})") from None
-        return extra
+                raise ConfigError(f"{where} = {text!r}: {error}. Its type is {kind}") from None
+        return {name: extra[name] for name in self.config.put_object}
 
     def key(self, name: str) -> str:
-        """The key of an object, under the prefix."""
-        return f"{self.config.prefix}/{name}" if self.config.prefix else name
+        """Return the key of an object, under the prefix."""
+        return f"{self.config.prefix}/{name}".lstrip("/")
 
-    def put(self, name: str, body: bytes, content_type: str) -> None:
-        """Write an object; `IfNoneMatch = *` leaves one that is there. Raises UpstreamError, ConfigError."""
+    def put(self, name: str, body: bytes, content_type: str = "application/json") -> None:
+        """Put an object. Raises ConfigError, UpstreamError.
+
+        With `IfNoneMatch = *` an object that exists stays as it is.
+        """
         self.client()
         try:
-            answer = self._ask(
+            answer = self._call(
                 "put_object",
                 Key=self.key(name),
                 Body=body,
                 ContentType=content_type,
-                # S3 refuses a body that was damaged on its way, and botocore adds no trailer of its own.
-                ChecksumAlgorithm="SHA256",  # a header that S3 demands too where Object Lock retains the object
+                ChecksumAlgorithm="SHA256",  # Object Lock demands this header too
                 ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
                 **self._extra,
             )
         except UpstreamError as error:
             if error.status == 412 and "IfNoneMatch" in self._extra:
-                return  # it is there already
-            if error.status == 409 and "IfNoneMatch" in self._extra:
-                error.scope = "alert"  # another writer is at the same key
+                return
             raise
         if not answer.get("ETag"):  # botocore takes any 200 for success, also a proxy's page
-            raise self.error("bad_answer", "a 200 without an ETag is not S3's answer")
+            text = f"a 200 without an ETag is not S3's answer{proxy_of(self.endpoint)}"
+            raise self.error("bad_answer", text, 200)
 
     def exists(self, name: str) -> bool:
-        """Whether an object is there. Raises UpstreamError, ConfigError."""
-        client, key = self.client(), self.key(name)
-        members = client.meta.service_model.operation_model("HeadObject").input_shape.members
-        # What an object was written with, such as a customer's key, it may take for reading too; but no condition.
-        extra = {k: value for k, value in self._extra.items() if k in members and not k.startswith("If")}
+        """Return whether an object exists. Raises ConfigError, UpstreamError."""
+        self.client()
+        # A customer's key (SSE-C) is needed for reading too.
+        extra = {name: value for name, value in self._extra.items() if "SSECustomer" in name}
         try:
-            self._ask("head_object", Key=key, **extra)
+            self._call("head_object", Key=self.key(name), **extra)
             return True
         except UpstreamError as error:
-            if error.status not in (400, 403, 404):
-                raise
-            head = reason = error
-        # An answer to HEAD has no body that would give the reason: one to a list does. 400 may be expired credentials.
-        if head.status != 404 or not self._bucket_is_there:
-            try:
-                self._ask("list_objects_v2", MaxKeys=1, Prefix=key)
-            except UpstreamError as error:
-                reason = error
-        if head.status == 404 and reason.cause != "NoSuchBucket":
-            self._bucket_is_there = True
-            return False
-        if head.status == 403 and (reason.cause in ("AccessDenied", "403") or not 400 <= reason.status < 500):
-            raise self._unreadable(client)
-        raise reason
+            if error.status == 404:
+                return False
+            raise
 
-    def _unreadable(self, client: Any) -> UpstreamError:
-        """What to say where objects may not be looked for: the least policy with which they may."""
-        bucket = self.config.bucket
-        if not bucket.startswith("arn:"):
-            bucket = f"arn:{client.meta.partition}:s3:::{bucket}"
-        below = f"{bucket}/object" if ":accesspoint" in bucket else bucket
-        allowed = {"s3:GetObject": f"{below}/{self.key('alerts/*')}", "s3:ListBucket": bucket}
-        policy = [{"Effect": "Allow", "Action": action, "Resource": on} for action, on in allowed.items()]
-        said = json.dumps({"Version": "2012-10-17", "Statement": policy})
-        error = self.error("unreadable", "403 for a look at whether an object is there")
-        error.args = (f"{error}. These credentials need this policy beside that of `ts3d serve`: {said}",)
-        error.status = 403
-        return error
-
-    def _ask(self, operation: str, **parameters: Any) -> Any:
-        """The answer to this operation on the bucket. Raises UpstreamError, ConfigError."""
-        client, place = self.client(), f"{self.config.bucket}/{parameters.get('Key', '')}"
-        with self.logged(f"{operation} {place}") as said, self._errors(client):
-            answer = getattr(client, operation)(Bucket=self.config.bucket, **parameters)
-            metadata = answer["ResponseMetadata"]
-            said.append(f"{metadata.get('HTTPStatusCode')} request={metadata.get('RequestId')}")
-            self.clocks = (time.time(), metadata.get("HTTPHeaders", {}).get("date", ""))
-            return answer
-
-    def identity(self) -> str:
-        """Whose credentials boto3 finds, and where. Raises UpstreamError, ConfigError.
-
-        https://docs.aws.amazon.com/STS/latest/APIReference/API_GetCallerIdentity.html: it takes no permission.
-        """
-        client, found = self._connect("s3", self.config.region, self.config.endpoint_url)
-        if not found:
-            raise self.error("NoCredentialsError", "boto3 finds no credentials")
-        with self._errors():
-            keys = found.get_frozen_credentials()  # it may ask AWS for them
-        wrong = ""
-        if re.fullmatch("A[KS]IA[A-Z0-9]{16}", keys.secret_key):
-            wrong = "has the access key's id for its secret: the two are swapped"
-        elif keys.access_key.startswith("ASIA") and not keys.token:
-            wrong = f"has a temporary key ({keys.access_key}) without its aws_session_token"
-        if wrong:
-            raise self.error("PartialCredentialsError", f"{found.method} {wrong}")
-        # Another S3 may have a like service of its own, and has no business with AWS's.
-        endpoint = client.meta.endpoint_url
-        aws = re.search(r"\.amazonaws\.com(\.cn)?$", urllib.parse.urlsplit(endpoint).hostname or "")
-        own = None if aws or "AWS_ENDPOINT_URL_STS" in os.environ else endpoint
-        sts, _ = self._connect("sts", client.meta.region_name, own)
+    def _call(self, operation: str, **parameters: Any) -> Any:
+        """Call an operation on the bucket; return the answer. Raises ConfigError, UpstreamError."""
         try:
-            with self.logged("get_caller_identity") as said, self._errors():
-                who = sts.get_caller_identity().get("Arn") or "nobody"
-                said.append(who)
-        except UpstreamError as error:
-            if aws and error.cause in self.CREDENTIALS:
-                raise
-            shown = keys.access_key if re.fullmatch("[A-Z0-9]+", keys.access_key) else "***"  # it may be the secret
-            who = f"access key {shown}; who that is could not be asked ({error.cause})"
-        return f"{who}, from {found.method}"
+            answer = getattr(self.client(), operation)(Bucket=self.config.bucket, **parameters)
+        except (ConfigError, UpstreamError):
+            raise
+        except Exception as error:  # boto3's exceptions have no common class
+            raise self._failure(error) from None
+        self.date = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+        return answer
+
+    def _failure(self, error: Exception) -> UpstreamError:
+        """Return an exception of boto3 as an UpstreamError."""
+        answer = getattr(error, "response", None) or {}
+        metadata, problem = answer.get("ResponseMetadata", {}), answer.get("Error", {})
+        status = metadata.get("HTTPStatusCode", 0)
+        cause = str(problem.get("Code") or status or type(error).__name__)
+        headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
+        self.date = headers.get("Date")
+        detail = getattr(error, "kwargs", {}).get("error", "")  # why, of a botocore exception
+        text = f"{problem.get('Message') or error} ({cause}) {detail}".strip()
+        if cause == "NoSuchBucket":
+            text = f"bucket {self.config.bucket} does not exist ({cause})"
+        region = headers.get("X-Amz-Bucket-Region") or problem.get("Region")
+        if region and self._client and region != self._client.meta.region_name:
+            text += f". The bucket is in {region}: set [s3] region = {region}"
+        if status in (0, 403, 407):
+            text += proxy_of(self.endpoint)
+        failure = self.error(cause, text, status, headers)
+        if re.match(CREDENTIALS, failure.type):
+            self._client = None  # botocore reads a credentials file only once
+        return failure
+
+    def credentials(self) -> str:
+        """Say where boto3 finds the credentials. Raises ConfigError, UpstreamError."""
+        try:
+            import boto3
+
+            found = boto3.session.Session().get_credentials()
+            if found:
+                found.get_frozen_credentials()  # this may ask AWS
+        except Exception as error:  # boto3's exceptions have no common class
+            raise self._failure(error) from None
+        if not found:
+            proxy = proxy_of("http://169.254.169.254")
+            raise self.error("NoCredentialsError", f"boto3 finds no credentials{proxy}")
+        text = f"boto3 finds them: {found.method}"
+        if found.method == "custom-process":
+            text += ". The service runs programs below /usr only: put credential_process there"
+        return text
 
     def check(self) -> str:
-        """Write the object that `ts3d check` writes too, always the same. Raises ConfigError too."""
-        self.put("ts3d-check", b'{"written by": "ts3d check"}\n', "application/json")
-        return f"s3://{self.config.bucket}/{self.key('ts3d-check')} is written"
+        """Put an object that is always the same; say so. Raises ConfigError, UpstreamError."""
+        self.put("ts3d-check", b'{"written by": "ts3d check"}\n')
+        place = f"s3://{self.config.bucket}/{self.key('ts3d-check')}"
+        return f"{place} was written{proxy_of(self.endpoint)}"
 
 
-def without_expect(request: Any, **_: Any) -> None:
-    """Take botocore's `Expect: 100-continue` away (it is not signed)."""
-    del request.headers["Expect"]
+# --------------------------------------------------------------------------------------------------
+# Archiver: takes jobs from the queue and puts their objects into S3
+# --------------------------------------------------------------------------------------------------
 
-
-def without_region(**_: Any) -> None:
-    """Deny botocore the HEAD of the bucket by which it looks for the region that a redirect did not name.
-
-    That may be redirected too, and so on until Python's stack is used up.
-    """
-    import botocore.exceptions
-
-    raise botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPHeaders": {}}}, "HeadBucket")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Archiver: takes jobs from the queue and writes their objects
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Object(NamedTuple):
-    """One kind of object: the step that writes it, also its key's beginning, and the rest of its key.
-
-    `path` is the API's that its body comes from, None where that is what the job carries; `then` the next step.
-    `late`: it waits until Threat Stack is free for it. `wanted`: whether it is written with this configuration; where
-    it is not, its step is passed over.
-    """
-
-    step: str
-    rest: str
-    path: str | None = None
-    then: str | None = None
-    content_type: str = "application/json"
-    late: bool = False
-    wanted: Callable[[Config], bool] = lambda config: True
-
-    def name(self, alert: Arrival | Job) -> str:
-        """The object's key, but for the prefix."""
-        return f"{self.step}/{self.rest.format(alert=alert, first=alert.id[0:2], second=alert.id[2:4])}"
-
-
-# The detail is written last, so that where it is, all of its alert is.
-OBJECTS = {
-    o.step: o
-    for o in (
-        Object("webhooks", "{alert.minute}/{alert.id}", then="events"),
-        # Thousands may come at once. What comes by webhook is begun before them, and so has the API first.
-        Object("backfill", "{alert.minute}/{alert.id}", then="events", late=True),
-        Object(
-            "events",
-            "{first}/{second}/{alert.id}",
-            path="/alerts/{alert.id}/events",
-            then="alerts",
-            wanted=lambda config: config.auth == "hawk" and bool(config.events),
-        ),
-        Object("alerts", "{first}/{second}/{alert.id}", path="/alerts/{alert.id}"),
-        Object("rejected", "{alert.minute}/{alert.id}", content_type="application/octet-stream"),
-    )
+# An alert's objects by its source; the detail last: if it exists, all of its alert does. A new kind
+# of object gets its place here, and a path below if its body comes from the API.
+STEPS = {
+    "webhooks": ("webhooks", "events", "alerts"),
+    "backfill": ("backfill", "events", "alerts"),
+    "rejected": ("rejected",),
 }
+API_PATHS = {"events": "/alerts/{}/events", "alerts": "/alerts/{}"}
+NOT_FOUND_LIMIT = 3600.0  # seconds for which the API may lag behind the webhook
+
+
+def name_of(step: str, job: Job) -> str:
+    """Return the name of one of a job's objects: its key without the prefix."""
+    if step in API_PATHS:
+        return f"{step}/{job.id[0:2]}/{job.id[2:4]}/{job.id}"
+    return f"{step}/{job.minute}/{job.id}"
 
 
 class Archiver:
-    """Worker threads, and one that hands them jobs; `fatal` is what ends the daemon, if anything does."""
+    """Two pools of worker threads, and a dispatcher that gives them jobs.
+
+    The store pool needs S3 alone, so an API that hangs does not hold up webhooks. A pool has
+    `lanes` of jobs that it takes in this order, upstreams that it `needs`, a `size` in threads,
+    and counts the jobs that it has `taken`.
+    """
 
     def __init__(self, config: Config, queue_: Queue) -> None:
         self.config, self.queue = config, queue_
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
-        begun = [step for step, o in OBJECTS.items() if o.path]
-        late = [step for step, o in OBJECTS.items() if o.late]
-        arrived = [step for step in OBJECTS if step not in (*begun, *late)]
-        both: tuple[Upstream, ...] = (self.threatstack, self.s3)
-        self.turns = ((begun, both), (arrived, (self.s3,)), (late, both))  # who comes first, and what each needs
-        self.needs = {step: upstreams for steps, upstreams in self.turns for step in steps}
-        self.wake = threading.Event()  # there may be something to hand out
-        self.stopping = threading.Event()
-        self.fatal: Exception | None = None
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.threads: list[threading.Thread] = []
+        self.upstreams: tuple[CircuitBreaker, ...] = (self.s3, self.threatstack)
+        n = config.workers
+        self.pools = [
+            SimpleNamespace(name="store", lanes=["store"], size=-(-n // 4), needs=[self.s3]),
+            SimpleNamespace(
+                name="detail",
+                lanes=["detail", "backfill"],
+                size=n,
+                needs=self.upstreams,
+            ),
+        ]
+        for pool in self.pools:
+            pool.jobs, pool.taken = SimpleQueue(), 0
+        self.wake = threading.Event()  # there may be a job to dispatch
+        self.stopping = False
+        self.fatal: Exception | None = None  # what ends the process
+        self.threads: list[Thread] = []
+        self._lock = Lock()  # for `taken` of pools and _archived
+        self._archived: dict[int, Future[bool]] = {}  # of jobs for which answers wait
+        for upstream in self.upstreams:
+            upstream.on_open = self.stop_waiting
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start the threads, unless there are to be none."""
         if self.config.workers:
-            self.threads = [threading.Thread(target=self._hand_out, name="archiver", daemon=True)]
-            for i in range(self.config.workers):
-                self.threads.append(threading.Thread(target=self._work, name=f"worker-{i + 1}", daemon=True))
-            for thread in self.threads:
-                thread.start()
+            self.threads.append(start_thread("dispatcher", self._dispatch))
+        for pool in self.pools:
+            for i in range(pool.size):
+                self.threads.append(start_thread(f"{pool.name}-{i + 1}", self._work, pool))
 
     def stop(self, deadline: float) -> None:
-        """Take no more jobs, and wait until `deadline` (monotonic clock) for those at work."""
-        self.stopping.set()
+        """Wait until `deadline` (monotonic clock) for jobs that are at work."""
         self.wake.set()
-        self.queue.stir()
-        for _ in self.threads:
-            self._jobs.put(None)
+        for pool in self.pools:
+            for _ in range(pool.size):
+                pool.jobs.put(None)
         for thread in self.threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - monotonic()))
 
-    def hopeless(self) -> bool:
-        """Whether waiting for S3 makes no sense now."""
-        held = self.threatstack.hold or self.s3.hold
-        return not self.config.workers or not self.config.wait or self.stopping.is_set() or held is not None
+    def wait(self, numbers: list[int]) -> dict[int, Json | None]:
+        """Wait for these jobs, at most [server] wait; return the errors of those not archived.
 
-    def held(self) -> list[dict[str, Any]]:
-        """The upstreams that are held: the error of each, with its name (`held`) and since when."""
-        held = ((upstream, upstream.hold) for upstream in (self.s3, self.threatstack))
-        return [{**hold.error.as_json(), "held": up.name, "since": hold.began} for up, hold in held if hold]
+        Waits no longer once an upstream is unavailable. Raises QueueError.
+        """
+        with self._lock:
+            futures = {number: self._archived.setdefault(number, Future()) for number in numbers}
+        queued = self.queue.errors(numbers)  # some may be archived already
+        if self.config.workers and not self.stopping and not self.problem():
+            waiting = [futures[number] for number in queued]
+            wait_for(waiting, self.config.wait)
+            queued = self.queue.errors(queued)
+        problem = self.problem()
+        with self._lock:
+            for number in numbers:
+                self._archived.pop(number, None)
+                if problem and number in queued:
+                    queued[number] = queued[number] or error_json(problem.type, str(problem))
+        return queued
 
-    def trouble(self, step: str) -> dict[str, Any] | None:
-        """What stands in the way of a job at this step, and of those after it."""
-        upstreams = (self.s3,) if step == "rejected" else (self.s3, self.threatstack)
-        errors = (upstream.trouble() for upstream in upstreams if self.config.workers)
-        return next((error.as_json() for error in errors if error), None)
+    def stop_waiting(self) -> None:
+        """Have all answers wait no longer."""
+        with self._lock:
+            for number in list(self._archived):
+                self._archived.pop(number).set_result(False)
 
-    def _hand_out(self) -> None:
-        """Hand due jobs to the workers, never more than twice their number, of the steps that are allowed now."""
-        promise(LONGEST_CALLS)  # credentials may come from another upstream
+    def problem(self) -> UpstreamError | None:
+        """Return the error of an unavailable upstream, if there is one."""
+        return self.s3.open_for or self.threatstack.open_for
+
+    def _dispatch(self) -> None:
+        """Give due jobs to the pools. The dispatcher thread."""
+        expect_progress_within(LONGEST_CALL)  # credentials may come from another server
         try:
-            self.s3.client()  # imports boto3, while webhooks are taken already
+            self.s3.client()  # imports boto3, while webhooks are answered already
         except ConfigError as error:
-            self.fatal = error  # known only now, by botocore's model
+            self.fatal = error
         except UpstreamError:
-            pass  # the first job finds it again, and holds S3
-        while not self.stopping.is_set():
-            promise(LONGEST_TURN)
+            pass  # the first job finds it again
+        while not self.stopping:
+            expect_progress_within(LONGEST_TURN)
             self.wake.clear()
-            try:
-                for steps, upstreams in self.turns:
-                    n = 2 * self.config.workers - self.queue.taken()
-                    for upstream in upstreams:
-                        n = upstream.free(n)
-                    if n > 0:
-                        jobs = self.queue.take(steps, n)
-                        for upstream in upstreams:
-                            upstream.admit(jobs)
-                        for job in jobs:
-                            self._jobs.put(job)
-            except QueueError:
-                pass  # logged when it began
-            self.wake.wait()
+            for pool in self.pools:  # the store pool first: it must get S3's probe
+                for lane in pool.lanes:
+                    with suppress(QueueError):  # logged
+                        self._fill(pool, lane)
+            self.wake.wait(0.25)  # jobs become due, and other processes queue some
 
-    def _work(self) -> None:
-        while job := self._jobs.get():
-            if self.stopping.is_set():
-                return
+    def _fill(self, pool: Any, lane: str) -> None:
+        """Take jobs for a pool: twice its size, for a worker should find the next one there."""
+        n = 2 * pool.size - pool.taken
+        for upstream in pool.needs:
+            n = upstream.allowance(n)
+        for job in self.queue.take(lane, n) if n > 0 else ():
+            for upstream in pool.needs:
+                if upstream.open_for:
+                    job.probe = True
+                    # A probe that hangs is followed by another.
+                    upstream.probe_at = monotonic() + MAX_PROBE_PAUSE
+            with self._lock:
+                pool.taken += 1
+            pool.jobs.put(job)
+
+    def _work(self, pool: Any) -> None:
+        """Archive the pool's jobs. A worker thread."""
+        while job := pool.jobs.get():
+            expect_progress_within(self.config.timeout + LONGEST_CALL)
             try:
-                self._archive(job)
+                self._archive(job, pool)
             except ConfigError as error:
                 self.fatal = error
-                self.queue.release(job)
-            except QueueError:  # its body cannot be read now: logged when that began
-                self.queue.release(job)
-                nap(1)
-            except Exception as error:  # a bug: a worker that died would take its share of the archive with it
-                self._put_off(job, UpstreamError("ts3d", "internal", f"internal error: {describe(error)}"), 0)
-            finally:
-                self.threatstack.leave(job)
-                if self.queue.taken() <= 1.5 * self.config.workers:  # else there is enough to do
-                    self.wake.set()
-                promise(math.inf)  # until the next job
+            except UpstreamError as error:
+                self._put_off(job, error)
+            except QueueError:  # logged; its body cannot be read now
+                job.due = monotonic() + 1
+            except Exception as error:  # a bug; this thread goes on
+                job.due, job.error_type = monotonic() + 60, "internal"
+                job.error_message = explain(error)
+                log_error("alert failed, will be retried", id=job.id, error=job.error_message)
+            self.queue.settle(job)
+            with self._lock:
+                pool.taken -= 1
+                if job.done and job.number in self._archived:
+                    self._archived.pop(job.number).set_result(True)
+            if any(pool.taken <= pool.size for pool in self.pools):
+                self.wake.set()
+            expect_progress_within(math.inf)  # until the next job
 
-    def _archive(self, job: Job) -> None:
-        """Write the objects that the job lacks, one after the other."""
-        first, started = job.step, time.monotonic()
-        step: str | None = job.step
-        try:
-            while step:
-                object_ = OBJECTS[step]
-                if object_.wanted(self.config):  # what is passed over stays to be done while the alert is not whole
-                    if self.stopping.is_set() or not self._may_begin(job):
-                        return self.queue.release(job) if job.step == first else self.queue.retry(job)
-                    self._write_object(job, object_)
-                    job.step = object_.then or step
-                step = object_.then
-        except UpstreamError as error:
-            return self._put_off(job, error, time.monotonic() - started)
+    def _archive(self, job: Job, pool: Any) -> None:
+        """Put the objects that the job lacks into S3, as long as they are this pool's.
+
+        Raises ConfigError, UpstreamError, QueueError.
+        """
+        steps, skipped = STEPS[job.source], ""
+        wanted = self.config.auth == "hawk" and self.config.events
+        for step in steps[steps.index(job.step) :]:
+            job.step = skipped or step  # while the detail is missing too, the events may still come
+            unavailable = any(upstream.open_for for upstream in pool.needs)
+            if self.stopping or job.lane not in pool.lanes or (unavailable and not job.probe):
+                return
+            if step == "events" and not wanted:
+                skipped = step
+                continue
+            try:
+                self._put_object(job, step)
+            except UpstreamError as error:
+                if step != "events" or error.status != 404:
+                    raise
+                skipped = step
+                warning("the API has no events of this alert", id=job.id)
+        job.done = True
         age = max(0.0, time.time() - job.received)
-        if job.step != "rejected":
-            metrics.count("ts3d_alerts_archived_total")
-            metrics.observe("ts3d_archive_seconds", age)
-        log.info("archived id=%s tries=%d seconds=%.3f keys=%s", job.id, job.tries + 1, age, self._keys(job))
-        self.queue.done(job)  # last: who is answered `archived` finds it counted and logged
+        if job.source != "rejected":
+            add("ts3d_alerts_archived_total")
+            add("ts3d_archive_seconds_sum", age)
+            add("ts3d_archive_seconds_count")
+        names = [name_of(step, job) for step in steps if step != skipped]
+        keys = ",".join(map(self.s3.key, names))
+        info("archived", id=job.id, tries=job.tries + 1, seconds=age, keys=keys)
 
-    def _keys(self, job: Job) -> str:
-        """The keys of all of the alert's objects, also of those that were written before the job was put off."""
-        keys, step = [], job.origin or job.step
-        while step:
-            object_ = OBJECTS[step]
-            keys += [self.s3.key(object_.name(job))] if object_.wanted(self.config) else []
-            step = object_.then or ""
-        return ",".join(keys)
-
-    def _may_begin(self, job: Job) -> bool:
-        """Whether the job's step may begin: it has a seat where it needs one, or gets it now."""
-        if self.threatstack in self.needs[job.step] and not job.seated:
-            if not self.threatstack.free(1):
-                return False
-            self.threatstack.admit([job])
-        return True
-
-    def _write_object(self, job: Job, object_: Object) -> None:
-        """Get the body of one of the job's objects, and put it into S3."""
-        promise(self.config.timeout + LONGEST_CALLS)
-        if self.queue.busy():
-            nap(0.04)  # webhooks first: what is archived a little later is on disk already
-        if object_.path:
-            named = None if object_.then else job.id  # only the detail says whose it is
-            body = self.threatstack.call(job, self.threatstack.get, object_.path.format(alert=job), named)
-            self.threatstack.leave(job)
+    def _put_object(self, job: Job, step: str) -> None:
+        """Put one of the job's objects. Raises ConfigError, UpstreamError, QueueError."""
+        kind = "application/octet-stream" if step == "rejected" else "application/json"
+        if step in API_PATHS:
+            # Only the detail names its alert.
+            id_ = job.id if step == "alerts" else None
+            path = API_PATHS[step].format(job.id)
+            body = self.threatstack.call(self.threatstack.get, path, id_)
         else:
-            body = self.queue.body(job)
-        self.s3.call(job, self.s3.put, object_.name(job), body, object_.content_type)
+            body = self.queue.read(Queue.BODY, job.number)[0]["body"]
+        self.s3.call(self.s3.put, name_of(step, job), body, kind)
 
-    def _put_off(self, job: Job, error: UpstreamError, seconds: float) -> None:
-        """A try that failed: later again, at the upstream's fault or at the alert's own, or never."""
-        before, now = json.loads(job.error or "{}"), time.monotonic()
-        since = before.get("since", time.time()) if before.get("type") == error.type else time.time()
-        text = json.dumps({**error.as_json(), "since": since, "at": now})
-        if job.probe and self.s3.hold and error.upstream == self.threatstack.name:  # which was asked first
-            with contextlib.suppress(UpstreamError):
-                self.s3.call(job, self.s3.check)
-        if error.longest is None:
-            metrics.count("ts3d_retries_total", upstream=error.upstream, cause=error.cause)
-            # Due at once when the hold ends, but after all that have not failed: the probe is never the last to fail.
-            return self.queue.retry(job, now, text)
-        limit = self.config.give_up_after
+    def _put_off(self, job: Job, error: UpstreamError) -> None:
+        """Have a job retried later, or mark it failed."""
+        now, upstream = monotonic(), self.upstreams[error.upstream != "s3"]
+        # Time counts only if the upstream has worked since this alert failed before. An outage in
+        # between must not count either, so no interval counts for longer than a pause.
+        counts = 0 < job.failed_at < upstream.worked_at
+        counted = min(now - job.failed_at, MAX_RETRY_PAUSE) if counts else 0.0
+        same = job.error_type == error.type
+        job.failed_at, job.error_type, job.error_message = now, error.type, str(error)
+        if not same:
+            job.error_since = time.time()
+        add("ts3d_retries_total", label=f'{{upstream="{error.upstream}"}}')
+        if upstream.open_for:
+            job.due = upstream.probe_at
+            return debug("alert waits for the upstream", id=job.id, error=error)
+        job.failing += counted
+        limit, spent = self.config.give_up_after, job.failing
         if error.type == "threatstack_not_found":
-            limit = min(limit, NOT_FOUND_FOR)
+            job.not_found += counted if same else 0.0
+            limit, spent = min(limit, NOT_FOUND_LIMIT), job.not_found
         job.tries += 1
-        job.waited += seconds
-        # An outage is no fault of the alert: the upstream must have worked since the try before, and work now.
-        upstream = {u.name: u for u in (self.s3, self.threatstack)}.get(error.upstream)
-        if job.waited >= limit and (not upstream or (upstream.works() and error.longest == LONGEST_PAUSE)):
-            log.error("alert %s failed for good after %d tries: %s", job.id, job.tries, error)
-            metrics.count("ts3d_alerts_failed_total")
-            return self.queue.retry(job, now, text, True)
-        left = max(0.0, limit - job.waited) or PROBE_PAUSE
-        metrics.count("ts3d_retries_total", upstream=error.upstream, cause=error.cause)
-        pause = max(min(backoff(job.tries, error.longest), left), error.retry_after)
-        job.waited += pause
-        log.warning("alert %s: %s; try %d follows in %.1f s", job.id, error, job.tries + 1, pause)
-        self.queue.retry(job, now + pause, text)
+        if counts and spent >= limit:
+            job.failed = True
+            add("ts3d_alerts_failed_total")
+            return log_error("alert marked failed", id=job.id, tries=job.tries, error=error)
+        pause = min(backoff(job.tries - 1, 0, MAX_RETRY_PAUSE), max(limit - spent, 1.0))
+        pause = max(pause, error.retry_after)
+        job.due = now + pause
+        text = "alert failed, will be retried"
+        warning(text, id=job.id, tries=job.tries, retry_seconds=pause, error=error)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# HTTP server
+# --------------------------------------------------------------------------------------------------
 
 WEBHOOKS = "/api/v1/s3/alert"
-ALL_BODIES = 64 << 20  # bytes of all bodies that are being received
+SMALL_BODY = 64 << 10  # bytes; of larger bodies at most eight are read and parsed at once
 HEAD_BYTES, HEAD_LINES = 64 << 10, 100
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n")
 FIELD_LINE = re.compile(rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*))?\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
-http_date = functools.lru_cache(1)(functools.partial(formatdate, usegmt=True))
-Answer = tuple[int, dict[str, Any] | str, dict[str, str]]  # status, what it says (a dict as JSON), headers
+KEPT = "The body is kept in S3 under rejected/"
+ALERT_FORM = "Send an id (4 to 128 of A-Z a-z 0-9 _ -) and created_at (milliseconds or ISO 8601)"
 
 
 class Refusal(Exception):
-    """A request that is answered with an error; `headers` and members (`more`) that the answer has too."""
+    """A request that is answered with an error; status 0: the client is gone, no answer."""
 
-    def __init__(self, status: int, kind: str, text: str, headers: dict[str, str] | None = None, **more: Any) -> None:
+    def __init__(self, status: int, type_: str, text: str, headers: str = "", **more: Any) -> None:
         super().__init__(text)
-        payload = {"success": False, "error": {"type": kind, "message": text}, **more}
-        self.answer: Answer = (status, payload, headers or {})
+        self.status, self.headers = status, headers
+        self.payload: Json = {"success": False, "error": error_json(type_, text), **more}
 
 
-class Connection(Wire):
-    """A client's connection.
+class DeadlineSocket(socket.socket):
+    """A socket whose reads and writes all end at one `deadline` (monotonic clock).
 
-    `since`: when (monotonic clock) we began to wait for a request; infinity while the client waits for us.
-    `begun`: whether that request has.
+    A socket's own time-out is for each call: a peer that sends a byte now and then never meets it.
     """
 
-    def __init__(self, sock: socket.socket, timeout: float) -> None:
-        super().__init__(sock, 0)
-        self.expect(timeout)
+    deadline = math.inf
 
-    def expect(self, timeout: float) -> None:
-        """Wait for a request from now on, for `timeout` seconds."""
-        self.since, self.begun = time.monotonic(), False
-        self.deadline = self.since + timeout
+    def arm(self) -> None:
+        """Set the time that is left. Raises TimeoutError if there is none."""
+        left = self.deadline - monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.settimeout(left)
 
+    def recv_into(self, *args: Any) -> int:
+        """Receive, within the deadline. Raises OSError."""
+        self.arm()
+        return super().recv_into(*args)
 
-def listen_address(config: Config) -> tuple[socket.AddressFamily, tuple[str, int]]:
-    """Family and address of [server] listen. Raises ConfigError where there is none, or where it wants a token."""
-    host, port = config.listen
-    where = f"{config.file}: [server] listen = {host}:{port}"
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)  # `*` is all
-    except OSError as error:
-        raise ConfigError(f"{where}: {error.strerror}") from None
-    family, *_, address = min(found, key=lambda entry: entry[0] == socket.AF_INET6)  # localhost is 127.0.0.1
-    require_token(config, where, str(address[0]))
-    return family, (str(address[0]), port)
+    def send(self, *args: Any) -> int:
+        """Send a part, within the deadline. Raises OSError."""
+        self.arm()
+        return super().send(*args)
 
 
-def require_token(config: Config, where: str, ip: str) -> None:
-    """Raises ConfigError where others than this machine reach the address, and there is no webhook_token."""
-    if not config.webhook_token and not is_loopback(ip):
-        raise ConfigError(f"{where}: without a [server] webhook_token only a loopback address may be listened on")
+class DeadlineSSLSocket(DeadlineSocket, ssl.SSLSocket):
+    """The same for TLS."""
 
 
-def is_loopback(ip: str) -> bool:
-    """Whether an address is this machine's own, also where IPv6 carries IPv4."""
-    found = ipaddress.ip_address(ip)
+def shut_down(connection: socket.socket, how: int) -> None:
+    """Shut down a connection that may be gone, or in use by another thread."""
+    with suppress(OSError):
+        # SSLSocket's own method would end TLS: what follows would be sent as plain text.
+        socket.socket.shutdown(connection, how)
+
+
+class Server:
+    """Accepts connections from listening sockets, limits them, runs a Handler in a thread for each.
+
+    A connection is "idle", "receiving" a request, or "answering".
+    """
+
+    def __init__(self, config: Config, archiver: Archiver) -> None:
+        self.config, self.archiver, self.queue = config, archiver, archiver.queue
+        self.stopping = False
+        self.large_bodies = threading.Semaphore(8)
+        self.parsing = Lock()  # hostile JSON takes 25 times its size: one at a time
+        self._phases: dict[Any, tuple[str, float]] = {}  # by connection; since when
+        self._lock = Lock()
+
+    def accept(self, listener: socket.socket) -> None:
+        """Accept a listening socket's connections. An acceptor thread."""
+        listener.settimeout(0.25)
+        while not self.stopping:
+            expect_progress_within(LONGEST_TURN)
+            try:
+                sock, client = listener.accept()
+                start_thread("connection", self._serve, sock, client)
+            except TimeoutError:
+                pass
+            except (OSError, RuntimeError) as error:  # no file or no thread is left
+                debug("connection not accepted", error=error)
+                self._limit(0)
+                time.sleep(0.05)  # the socket stays readable, and this loop would spin
+        listener.close()
+
+    def _serve(self, sock: socket.socket, client: Any) -> None:
+        """Serve a connection until it is closed. A connection's thread."""
+        connection: Any = DeadlineSocket(fileno=sock.detach())
+        try:
+            if self.config.tls:
+                connection = self.config.tls.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
+                )
+            self.enter(connection, "idle")
+            self._limit(self.config.max_connections, connection)
+            connection.settimeout(self.config.request_timeout)
+            connection.deadline = monotonic() + self.config.request_timeout
+            if self.config.tls:
+                connection.do_handshake()
+            connection.deadline = monotonic() + self.config.keepalive_timeout
+            Handler(connection, client, self)  # type: ignore[arg-type]
+        except OSError as error:  # the client's doing: gone, or no TLS handshake
+            debug("connection closed", client=client, error=error)
+        except Exception as error:  # a bug must not end more than this connection
+            log_error(explain(error), client=client)
+        with self._lock:
+            self._phases.pop(connection, None)
+        shut_down(connection, socket.SHUT_WR)
+        connection.close()
+
+    def enter(self, connection: Any, phase: str) -> None:
+        """Note what a connection does now."""
+        with self._lock:
+            self._phases[connection] = (phase, monotonic())
+
+    def _limit(self, limit: int, new: Any = None) -> None:
+        """If there are more connections, close that which has been idle or slow for longest."""
+        with self._lock:
+            waiting = [
+                (since, c) for c, (phase, since) in self._phases.items() if phase != "answering"
+            ]
+            if waiting and len(self._phases) > limit:
+                _, oldest = min(waiting, key=lambda pair: pair[0])
+                del self._phases[oldest]
+                shut_down(oldest, socket.SHUT_RDWR)
+                if oldest is new:
+                    warning("connection refused: [server] max_connections are being answered")
+
+    def stop(self, deadline: float) -> None:
+        """Wait until `deadline` (monotonic clock) for requests that are being answered."""
+        while self._phases and monotonic() < deadline:
+            with self._lock:
+                # A request may be on its way to a connection that became idle just now.
+                before = monotonic() - 0.3
+                for connection, (phase, since) in self._phases.items():
+                    if phase == "idle" and since < before:
+                        shut_down(connection, socket.SHUT_RD)
+            time.sleep(0.02)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: reads requests strictly as RFC 9112 defines them, and answers in JSON.
+
+    http.server's own parser takes `+4` for a length, ignores Transfer-Encoding and has no deadline.
+    """
+
+    server: Any
+    rfile: io.BufferedReader
+
+    def setup(self) -> None:
+        """Make the files."""
+        super().setup()
+        self.config = self.server.config
+        # A Unix socket's client has no address, or has bound one: text or bytes.
+        self.client = "local"
+        if self.request.family != socket.AF_UNIX:
+            self.client = self.client_address[0]
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+
+    def handle_one_request(self) -> None:
+        """Read a request, answer it, log it."""
+        self.close_connection = self.unread = True  # more of this request may come
+        self.command = self.path = self.target = "-"
+        self.fields: dict[str, list[str]] = {}
+        self.notes: Json = {}  # for the log
+        with suppress(OSError, ValueError):  # idle for too long, or gone
+            if not self.rfile.peek(1):
+                return
+            self.id, self.started = secrets.token_hex(8), monotonic()
+            self.request.deadline = self.started + self.config.request_timeout
+            self.server.enter(self.request, "receiving")
+            status, headers, payload = 200, "", self.answer_of_request()
+            if isinstance(payload, Refusal):
+                self.notes["error"] = payload
+                status, headers, payload = payload.status, payload.headers, payload.payload
+            self.log_answer(status)
+            if status:
+                self.answer(status, payload, headers)
+
+    def answer_of_request(self) -> Json | str | Refusal:
+        """Read a request, do what it asks, and return what to answer."""
+        try:
+            self.read_head()
+            if self.target == WEBHOOKS and self.command == "POST":
+                return self.webhook()
+            if self.target in ("/healthz", "/metrics") and self.command in ("GET", "HEAD"):
+                return self.health() if self.target == "/healthz" else self.metrics()
+            if self.target not in (WEBHOOKS, "/healthz", "/metrics"):
+                return Refusal(404, "not_found", f"wrong path. Send webhooks to {WEBHOOKS}")
+            allow = "POST" if self.target == WEBHOOKS else "GET, HEAD"
+            text = f"wrong method. Use {allow}"
+            return Refusal(405, "method_not_allowed", text, f"Allow: {allow}\r\n")
+        except Refusal as refusal:
+            return refusal
+        except TimeoutError:
+            text = "the request did not arrive within [server] request_timeout. Send it faster"
+            return Refusal(408, "timeout", text)
+        except OSError as error:
+            self.close_connection = True
+            return Refusal(0, "gone", str(error))
+        except Exception as error:  # a bug too is answered, and the daemon goes on
+            log_error(explain(error), request=self.id)
+            return Refusal(
+                500, "internal", f"internal error. Search the log for {self.id}, report it"
+            )
+
+    def log_answer(self, status: int) -> None:
+        """Log and count an answer, before it is sent: its reader must find it in the log."""
+        lost = self.command == "POST" and status == 404  # a wrong URL loses every webhook
+        if status and (lost or self.target == WEBHOOKS):
+            add("ts3d_webhooks_total", label=f'{{status="{status}"}}')
+        severity = logging.WARNING if lost or status >= 500 else logging.INFO
+        if status == 200 and self.target != WEBHOOKS:
+            severity = logging.DEBUG
+        forwarded = ",".join(self.fields.get("x-forwarded-for", ())).split(",")[-1].strip()
+        if is_local(self.client) and forwarded:
+            self.notes["forwarded_for"] = forwarded
+        path = self.path.partition("?")[0][:200]  # the query may have the token
+        text = f"{self.command} {path} {status or '-'}"
+        took = monotonic() - self.started
+        log_event(severity, text, request=self.id, client=self.client, **self.notes, seconds=took)
+
+    # Reading --------------------------------------------------------------------------------------
+
+    def read_head(self) -> None:
+        """Read the request line and the headers. Raises Refusal, OSError."""
+        self.left = HEAD_BYTES
+        wrong = "the request line is not METHOD TARGET HTTP/1.1"
+        if self.rfile.peek(1)[:1] == b"\r":  # RFC 9112, 2.2: ignore one empty line
+            self.read_line(FIELD_LINE, wrong)
+        self.command, self.path, minor = map(
+            bytes.decode, self.read_line(REQUEST_LINE, wrong).groups()
+        )
+        # RFC 9112, 3.2.2: absolute-form
+        self.target = re.sub("(?i)^https?://[^/?]*", "", self.path).partition("?")[0]
+        self.target = self.target.replace(WEBHOOKS + "/", WEBHOOKS)
+        fields = self.fields = self.read_fields()
+        hosts = fields.get("host", [] if minor > "0" else [""])
+        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
+            raise self.malformed("there must be one valid Host header")
+        lengths = fields.get("content-length", ["0"])
+        codings = [coding.lower() for coding in fields.get("transfer-encoding", ())]
+        self.chunked = codings == ["chunked"]
+        if codings and ("content-length" in fields or minor == "0" or not self.chunked):
+            raise self.malformed("Transfer-Encoding must be `chunked`, without Content-Length")
+        if len(lengths) > 1 or not fullmatch("[0-9]{1,15}", lengths[0]):
+            raise self.malformed("Content-Length must be one number")
+        self.length = int(lengths[0])
+        self.unread = self.chunked or self.length > 0
+        options = re.split(r"[ \t]*,[ \t]*", ",".join(fields.get("connection", ())).lower())
+        self.close_connection = minor == "0" or "close" in options
+        # RFC 9110, 10.1.1: not in HTTP/1.0
+        self.expects = minor > "0" and "100-continue" in ",".join(fields.get("expect", ())).lower()
+
+    def malformed(self, text: str) -> Refusal:
+        """Return the refusal of a request that is not HTTP/1.1 as RFC 9112 defines it."""
+        return Refusal(400, "malformed_request", f"{text}. Correct the client (RFC 9112)")
+
+    def read_fields(self) -> dict[str, list[str]]:
+        """Read headers or trailers. Raises Refusal, OSError."""
+        fields: dict[str, list[str]] = {}
+        for _ in range(HEAD_LINES + 1):
+            # RFC 9112, 5.1 and 5.2: no folded line and no blank before the colon matches.
+            name, value = self.read_line(FIELD_LINE, "a header line is malformed").groups()
+            if not name:
+                return fields
+            text = value.strip(b" \t").decode("latin-1")
+            fields.setdefault(name.decode().lower(), []).append(text)
+        raise Refusal(431, "head_too_large", f"over {HEAD_LINES} headers. Send fewer")
+
+    def read_line(self, pattern: re.Pattern[bytes], wrong: str) -> re.Match[bytes]:
+        """Read a line that matches, within `left` bytes. Raises Refusal, OSError."""
+        line = self.rfile.readline(self.left)
+        self.left -= len(line)
+        if match := pattern.fullmatch(line):
+            return match
+        if line.endswith(b"\r\n"):
+            raise self.malformed(wrong)
+        if line.endswith(b"\n"):
+            raise self.malformed("a line does not end with CRLF")
+        if not self.left:
+            raise Refusal(431, "head_too_large", f"over {HEAD_BYTES} bytes of headers. Send fewer")
+        raise ConnectionResetError("closed in the middle of a request")
+
+    def read_body(self, slot: ExitStack) -> bytes:
+        """Read the body; `slot` holds a place among the large ones. Raises Refusal, OSError."""
+        limit, body = self.config.max_body, bytearray()
+        if self.expects and self.unread and self.length <= limit:
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while True:
+            n = self.length - len(body)
+            if self.chunked:
+                self.left = HEAD_BYTES
+                n = int(self.read_line(CHUNK_LINE, "a chunk's size is malformed")[1], 16)
+            if not n:
+                break
+            total = len(body) + n
+            if total > limit:
+                text = f"the body is over [server] max_body = {limit} bytes. Send less, or raise it"
+                raise Refusal(413, "too_large", text)
+            if total > SMALL_BODY >= len(body):
+                if not self.server.large_bodies.acquire(timeout=self.config.request_timeout / 2):
+                    text = "eight large webhooks are being received. Send it again"
+                    raise Refusal(503, "busy", text, "Retry-After: 1\r\n")
+                slot.callback(self.server.large_bodies.release)
+            body += self.rfile.read(n)
+            if len(body) < total:
+                raise ConnectionResetError("closed in the middle of a body")
+            if self.chunked and self.rfile.read(2) != b"\r\n":
+                raise self.malformed("a chunk is longer than its size")
+        if self.chunked:
+            self.read_fields()  # trailers
+        self.unread = False
+        self.server.enter(self.request, "answering")
+        return bytes(body)
+
+    # Answering ------------------------------------------------------------------------------------
+
+    def authorize(self, option: str) -> None:
+        """Raise Refusal unless the request presents one of these tokens. Source: RFC 6750."""
+        query = self.path.partition("?")[2].replace("+", "%2B")  # a token may contain `+`
+        presented = parse_qs(query, encoding="latin-1").get("token", [])
+        for value in self.fields.get("authorization", ()):
+            presented += re.findall("(?i)^bearer +(.*)", value)
+        matches = False
+        for secret in (getattr(self.config, option) or "").split():
+            for other in presented:  # all pairs are compared, each in constant time
+                matches |= hmac.compare_digest(secret.encode(), other.encode("latin-1"))
+        if not matches:
+            text = f"present [server] {option} as Authorization: Bearer TOKEN or as ?token=TOKEN"
+            raise Refusal(401, "unauthorized", text, 'WWW-Authenticate: Bearer realm="ts3d"\r\n')
+
+    def webhook(self) -> Json:
+        """Queue a webhook's alerts; return their states, in the webhook's order.
+
+        Raises Refusal, OSError.
+        """
+        if self.config.webhook_token:
+            self.authorize("webhook_token")
+        states, numbers = self.acknowledge()
+        queued: dict[int, Json | None] = dict.fromkeys(numbers)
+        with suppress(QueueError):  # they are on disk: that is what the answer says
+            queued = self.server.archiver.wait(numbers)
+        accepted = [state for state in states if state["state"] == "queued"]
+        for state, number in zip(accepted, numbers, strict=True):
+            if number not in queued:
+                state["state"] = "archived"
+            elif queued[number]:
+                state["error"] = queued[number]
+        return {"success": True, "alerts": states}
+
+    def acknowledge(self) -> tuple[list[Json], list[int]]:
+        """Put a webhook on disk; return its alerts' states and the numbers of their jobs.
+
+        What waits for S3 after this needs no body. Raises Refusal, OSError.
+        """
+        states: list[Json] = []
+        jobs = []
+        with ExitStack() as slot:
+            body = self.read_body(slot)
+            alerts, refusal = self.read_alerts(body)
+            for alert in alerts:
+                if isinstance(alert, Job):
+                    jobs.append(alert)
+                    states.append({"id": alert.id, "state": "queued"})
+                else:
+                    error = error_json("invalid_alert", f"{alert}. {ALERT_FORM}. {KEPT}")
+                    states.append({"id": alert.id, "state": "rejected", "error": error})
+                    self.notes["error"] = alert
+            accepted, rejected = len(jobs), len(alerts) - len(jobs)
+            if rejected and not accepted:
+                text = states[0]["error"]["message"]
+                refusal = Refusal(400, "invalid_alert", text, alerts=states)
+            self.notes |= {"bytes": len(body), "alerts": accepted, "rejected": rejected}
+            if refusal or rejected:  # nothing that presented the token is lost
+                digest = self.notes["kept"] = hashlib.sha256(body).hexdigest()
+                jobs.append(Job(digest, minute_of(time.time()), "rejected", "rejected", body))
+            try:
+                numbers = self.server.queue.put(jobs)[:accepted]
+            except QueueError as error:
+                raise queue_unavailable(error) from None
+        add("ts3d_acknowledgement_seconds_sum", monotonic() - self.started)
+        add("ts3d_acknowledgement_seconds_count")
+        add("ts3d_alerts_received_total", accepted)
+        add("ts3d_alerts_rejected_total", rejected)
+        self.server.archiver.wake.set()
+        if refusal:
+            raise refusal
+        return states, numbers
+
+    def read_alerts(self, body: bytes) -> tuple[list[Job | Malformed], Refusal | None]:
+        """Return a body's alerts, or the refusal of the body as a whole."""
+        codings = ",".join(self.fields.get("content-encoding", ())).lower()
+        if codings not in ("", "identity"):
+            text = f"Content-Encoding: {codings} is not supported. Send the body as it is. {KEPT}"
+            return [], Refusal(415, "unsupported_encoding", text)
+        try:
+            with self.server.parsing:
+                return read_webhook(body), None
+        except Malformed as error:
+            text = f'{error}. Send {{"alerts": [ALERT, …]}}. {KEPT}'
+            return [], Refusal(400, "malformed_webhook", text)
+
+    def metrics(self) -> str:
+        """Return Prometheus's metrics, for this machine or with the token. Raises Refusal."""
+        if self.config.metrics_token or not is_local(self.client):
+            self.authorize("metrics_token")
+        for upstream in self.server.archiver.upstreams:
+            label = f'{{upstream="{upstream.name}"}}'
+            METRIC_VALUES["ts3d_upstream_unavailable"][label] = bool(upstream.open_for)
+        for name, value in zip(QUEUE_METRICS, self.server.queue.facts.values(), strict=True):
+            METRIC_VALUES[name][""] = value
+        return metrics_text()
+
+    def health(self) -> Json:
+        """Return what is queued, if the queue takes writes. Raises Refusal."""
+        facts = self.server.queue.facts
+        counts = {name: facts[name] for name in ("queued", "failed", "oldest_seconds")}
+        try:
+            self.server.queue.require_writable()
+        except QueueError as error:
+            raise queue_unavailable(error, **counts) from None
+        return {"success": True, **counts}
+
+    def answer(self, status: int, payload: Json | str, headers: str) -> None:
+        """Send the answer; if the client may still be sending, let it read the answer first.
+
+        Raises OSError.
+        """
+        kind, text = "text/plain; version=0.0.4; charset=utf-8", payload
+        if not isinstance(text, str):
+            kind, text = "application/json", dumps(payload)
+        if self.unread or self.server.stopping or self.close_connection:
+            self.close_connection = True
+            headers += "Connection: close\r\n"
+        body = text.encode()
+        head = (
+            f"HTTP/1.1 {status} {self.responses[status][0]}\r\nServer: ts3d\r\n"
+            f"Date: {formatdate(usegmt=True)}\r\nX-Request-Id: {self.id}\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+        )
+        if self.command == "HEAD":
+            body = b""
+        self.request.deadline = monotonic() + self.config.request_timeout
+        # From here on it is idle: the client may read the answer before this thread's next line.
+        self.server.enter(self.request, "receiving" if self.unread else "idle")
+        self.request.sendall(head.encode() + body)
+        if self.unread:
+            # RFC 9112, 9.6: or a reset would reach the client before it has read the answer.
+            shut_down(self.request, socket.SHUT_WR)
+            while self.rfile.read1(65536):
+                pass
+        self.request.deadline = monotonic() + self.config.keepalive_timeout
+
+
+def queue_unavailable(error: QueueError, **facts: float) -> Refusal:
+    """Return the refusal of a webhook that could not be put on disk."""
+    return Refusal(503, "queue_unavailable", str(error), "Retry-After: 10\r\n", **facts)
+
+
+def is_local(ip: str) -> bool:
+    """Return whether a client is on this machine: a Unix socket's, or a loopback address."""
+    if ip == "local":
+        return True
+    found = ipaddress.ip_address(ip.partition("%")[0])
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def listen(config: Config) -> list[socket.socket]:
-    """The sockets to accept connections from: systemd's, or one of our own. Raises ConfigError."""
-    sockets = handed_sockets(config)
-    if not sockets:
-        family, address = listen_address(config)
-        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # [::] takes IPv4 too
-        try:
-            sockets = [socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)]
-        except OSError as error:
-            where = "{}: [server] listen = {}:{}".format(config.file, *config.listen)
-            raise ConfigError(f"{where}: {os.strerror(error.errno or 0)}") from None
+    """Return the sockets to accept connections from: systemd's (sd_listen_fds(3)), or one.
+
+    Raises ConfigError.
+    """
+    where = f"{config.file}: [server] listen = {config.listen}"
+    host, _, port = config.listen.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # [::] takes IPv4 too
+    passed = (
+        int(environ.get("LISTEN_FDS") or 0) if environ.get("LISTEN_PID") == str(os.getpid()) else 0
+    )
+    try:
+        sockets = [socket.socket(fileno=number) for number in range(3, 3 + passed)]
+        if not passed:
+            name = (host.strip("*[]"), int(port))
+            sockets = [socket.create_server(name, family=family, backlog=1024, dualstack_ipv6=both)]
+    except OSError as error:
+        raise ConfigError(f"{where}: {error}. Name a free address of this machine") from None
     for sock in sockets:
-        sock.setblocking(False)  # a client that left before `accept` must not block it
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError("systemd's socket does not listen. Use ListenStream= and Accept=no")
+        local = sock.family == socket.AF_UNIX or is_local(sock.getsockname()[0])
+        if not (local or config.webhook_token):
+            raise ConfigError(
+                f"{where}, in fact {url_of(sock, 'tcp')}: other machines can connect. Set [server] "
+                "webhook_token, or listen on a loopback address"
+            )
     return sockets
 
 
-def shown_address(sock: socket.socket, scheme: str) -> str:
-    """Where a socket listens, as a URL; a Unix socket as `unix:PATH`."""
+def url_of(sock: socket.socket, scheme: str) -> str:
+    """Return the URL on which a socket listens; of a Unix socket `unix:PATH`."""
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return "unix:" + os.fsdecode(name).replace("\0", "@", 1)
-    return f"{scheme}://[{name[0]}]:{name[1]}" if ":" in name[0] else f"{scheme}://{name[0]}:{name[1]}"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"{scheme}://{host}:{name[1]}"
 
 
-class Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
-    """Accepts connections from all its sockets, and runs a Handler in a thread of its own for each."""
+# --------------------------------------------------------------------------------------------------
+# Threads and systemd
+# --------------------------------------------------------------------------------------------------
 
-    daemon_threads = True
-    block_on_close = False  # `stop` waits, and not for ever
-
-    def __init__(self, config: Config, queue_: Queue, archiver: Archiver, sockets: list[socket.socket]) -> None:
-        super().__init__("", Handler)  # it has no one address
-        self.config, self.queue, self.archiver = config, queue_, archiver
-        self.stopping = False
-        self.connections: set[Connection] = set()
-        self.receiving = 0  # bytes of bodies that are being received
-        self.lock = threading.Lock()  # for these two
-        self.parsing = threading.Lock()  # JSON costs a multiple of its body in memory, and one at a time is as fast
-        # A connection is a file, and what archives needs some too.
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.room = min(config.max_connections, max(1, files - 64 - 2 * config.workers))
-        if self.room < config.max_connections:
-            log.warning("[server] max_connections is %d here: a process may open %d files", self.room, files)
-        self.sockets = {sock.fileno(): sock for sock in sockets}
-        self.pending = select.epoll()  # one file for socketserver to wait for, readable while any of the sockets is
-        for number in self.sockets:
-            self.pending.register(number, select.EPOLLIN)
-
-    def fileno(self) -> int:
-        """What socketserver waits for."""
-        return self.pending.fileno()
-
-    def service_actions(self) -> None:
-        """What socketserver calls ten times a second."""
-        promise(LONGEST_TURN)
-
-    def server_close(self) -> None:
-        """Listen no longer. Connections that were not accepted are the next daemon's, where the socket is systemd's."""
-        self.pending.close()
-        for sock in self.sockets.values():
-            sock.close()
-
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
-        """As socketserver's, also after a `poll` that failed: poll(2) may want for memory."""
-        while not self.stopping:
-            try:
-                return super().serve_forever(poll_interval)
-            except OSError as error:
-                log.error("waiting for connections: %s", error)
-                nap(poll_interval)
-
-    def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection. Where there is no room or no file descriptor for it, the longest idle one goes."""
-        ready = self.pending.poll(0, 1)  # one of them, each in its turn
-        if not ready:
-            raise BlockingIOError("the client has left")
-        try:
-            sock, client = self.sockets[ready[0][0]].accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.shed()
-                nap(0.05)  # the listening socket stays readable, and this loop would spin
-            raise
-        if len(self.connections) >= self.room and not self.shed():
-            sock.close()
-            where = client[0] if isinstance(client, tuple) else "local"
-            log.warning("connection refused client=%s: all of [server] max_connections are being answered", where)
-            raise ConnectionAbortedError
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        connection = Connection(sock, self.config.request_timeout)
-        with self.lock:
-            self.connections.add(connection)
-        return connection, client
-
-    def shed(self) -> bool:
-        """Cut the connection that has made us wait for longest; False where all are being answered."""
-        with self.lock:
-            oldest = min(self.connections, key=lambda connection: connection.since, default=None)
-            if not oldest or oldest.since == math.inf:
-                return False
-            self.connections.remove(oldest)
-        oldest.shutdown(socket.SHUT_RDWR)
-        return True
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection and count it no longer."""
-        with self.lock:
-            self.connections.discard(request)
-        request.shutdown(socket.SHUT_WR)
-        request.sock.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what ended a connection: socketserver would print a traceback."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):  # the client's doing: gone, or no TLS handshake
-            log.debug("connection closed client=%s: %s", client_address, error)
-        elif error:
-            log.error("connection closed client=%s: %s", client_address, describe(error))
-
-    def stop(self, deadline: float) -> None:
-        """Listen no longer, and wait until `deadline` (monotonic clock) for the requests that are being answered."""
-        self.shutdown()
-        with contextlib.suppress(OSError):
-            self.server_close()
-        while self.connections and time.monotonic() < deadline:
-            with self.lock:
-                # One that is new, or was answered just now, may be sending: cutting it off would reset it.
-                before = time.monotonic() - 0.3
-                idle = [c for c in self.connections if not c.begun and c.since < before]
-            for connection in idle:
-                connection.shutdown(socket.SHUT_RD)  # what it sent before can still be read
-            nap(0.02)
+LONGEST_TURN = 20.0  # seconds of a thread's turn without a call of an upstream
+LONGEST_CALL = 600.0  # seconds of one with calls, beside Threat Stack's time-out
+PROGRESS_BY: dict[str, float] = {}  # by thread: when it makes progress at the latest, monotonic
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: reads requests as RFC 9112 says, strictly, and answers them in JSON.
-
-    http.server's own parser takes `+4` and `0_4` for a length, passes chunked bodies over, and has no deadline.
-    """
-
-    protocol_version = "HTTP/1.1"
-    request_version = "HTTP/1.1"  # where none can be read
-    server: Server
-    request: Connection
-    rfile: io.BufferedReader
-    wfile: io.BytesIO
-
-    def setup(self) -> None:
-        """Shake hands where TLS is spoken, and make the files."""
-        # A Unix socket's client has no address, or has bound one: text or bytes.
-        self.client = self.client_address[0] if isinstance(self.client_address, tuple) else "local"
-        if tls := self.server.config.tls:
-            self.request.sock = tls.wrap_socket(self.request.sock, server_side=True, do_handshake_on_connect=False)
-            self.request.arm().do_handshake()
-        self.rfile = self.request.makefile()
-        self.wfile = io.BytesIO()  # an answer leaves as one piece
-
-    def handle_one_request(self) -> None:
-        """Read a request, answer it, log it."""
-        self.close_connection = self.unread = True  # there may be more of this request to come
-        self.command, self.path, self.target, self.note = "-", "-", "-", ""
-        try:
-            if not self.rfile.peek(1):
-                return
-        except (OSError, ValueError):  # idle for too long, or gone
-            return
-        self.id, self.started = secrets.token_hex(8), time.monotonic()
-        self.request.deadline, self.request.begun = self.started + self.server.config.request_timeout, True
-        try:
-            self.read_head()
-            answer: Answer = (200, self.route(), {})
-        except Exception as error:  # a bug too is answered, and the daemon lives
-            answer = self.refusal(error)
-        status, path = answer[0], self.path.partition("?")[0][:200]  # the query may hold the token
-        if status and self.target == WEBHOOKS:
-            metrics.count("ts3d_webhooks_total", status=status)
-        said = f"{self.command} {path} {status or '-'} request={self.id} client={self.client}{self.note}"
-        priority = logging.WARNING if status >= 500 else logging.INFO
-        log.log(priority, "%s seconds=%.3f", said, time.monotonic() - self.started)
-        if status:
-            self.answer(*answer)  # last: who reads its id finds it in the log
-
-    def refusal(self, error: Exception) -> Answer:
-        """What is answered where a request ends with an error; status 0 where nobody is there to be answered."""
-        if isinstance(error, TimeoutError):
-            error = Refusal(408, "timeout", "the request did not arrive in time ([server] request_timeout)")
-        elif isinstance(error, OSError):  # the client is gone, and what it sent of its body is not the next request
-            self.close_connection, error = True, Refusal(0, "gone", str(error))
-        elif not isinstance(error, Refusal):
-            log.error("internal error: request=%s %s", self.id, describe(error))
-            error = Refusal(500, "internal", f"internal error: the log has more, with {self.id}")
-        self.note += f" error={error}"
-        return error.answer
-
-    # Reading ---------------------------------------------------------------------------------------------------------
-
-    def read_head(self) -> None:
-        """Read the request line and the headers. Raises Refusal."""
-        wrong = "the request line is not METHOD TARGET HTTP/1.1"
-        if self.rfile.peek(1)[:1] == b"\r":  # one empty line before it is passed over (RFC 9112, section 2.2)
-            self.read_line(FIELD_LINE, HEAD_BYTES, wrong)
-        line = self.read_line(REQUEST_LINE, HEAD_BYTES, wrong)
-        self.command, self.path, minor = (part.decode() for part in line.groups())
-        # absolute-form (RFC 9112, section 3.2.2)
-        self.target = re.sub("(?i)^https?://[^/?]*", "", self.path).partition("?")[0]
-        self.fields = self.read_fields(HEAD_BYTES - len(line[0]))
-        http_1_1 = minor != "0"
-        if not http_1_1:
-            self.fields.pop("expect", None)  # RFC 9110, section 10.1.1
-        hosts = self.fields.get("host", [] if http_1_1 else [""])
-        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
-            raise Refusal(400, "malformed_request", "there must be one Host header (RFC 9112, section 3.2)")
-        lengths, codings = self.fields.get("content-length", []), self.fields.get("transfer-encoding")
-        if codings and (lengths or len(codings) > 1 or codings[0].lower() != "chunked" or not http_1_1):
-            raise Refusal(400, "malformed_request", "Transfer-Encoding: only `chunked`, alone, and in HTTP/1.1")
-        if lengths and (len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0])):
-            raise Refusal(400, "malformed_request", "Content-Length: not one number")
-        # The body's bytes, None where it comes in chunks (RFC 9112, section 6).
-        self.length = None if codings else int(lengths[0]) if lengths else 0
-        self.unread = self.length != 0
-        options = ",".join(self.fields.get("connection", ())).lower().split(",")
-        self.close_connection = not http_1_1 or "close" in (option.strip() for option in options)
-
-    def read_fields(self, left: int = HEAD_BYTES) -> dict[str, list[str]]:
-        """Headers or trailers, `left` bytes at most: values by name, in lower case. Raises Refusal."""
-        fields: dict[str, list[str]] = {}
-        for _ in range(HEAD_LINES + 1):
-            # Neither a folded line nor a blank before the colon matches (RFC 9112, sections 5.1 and 5.2).
-            line = self.read_line(FIELD_LINE, left, "a header line is malformed")
-            if not line[1]:
-                return fields
-            left -= len(line[0])
-            fields.setdefault(line[1].decode().lower(), []).append(line[2].strip(b" \t").decode("latin-1"))
-        raise Refusal(431, "head_too_large", f"over {HEAD_LINES} lines of headers")
-
-    def read_line(self, pattern: re.Pattern[bytes], limit: int, wrong: str) -> re.Match[bytes]:
-        """A line that matches, CRLF included; `wrong` says that it does not. Raises Refusal."""
-        line = self.rfile.readline(limit)
-        if match := pattern.fullmatch(line):
-            return match
-        if line.endswith(b"\n"):
-            said = wrong if line.endswith(b"\r\n") else "a line does not end with CRLF"
-            raise Refusal(400, "malformed_request", said)
-        if len(line) == limit:
-            raise Refusal(431, "head_too_large", f"over {HEAD_BYTES} bytes of headers")
-        raise ConnectionResetError("closed in the middle of a request")
-
-    @contextlib.contextmanager
-    def body(self) -> Iterator[bytes]:
-        """The request's body, counted among all that are being received until the caller has done. Raises Refusal."""
-        server, limit, body, held = self.server, self.server.config.max_body, io.BytesIO(), 0
-        expects = "100-continue" in map(str.lower, self.fields.get("expect", ()))
-        if expects and self.unread and (self.length or 0) <= limit:
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        chunk = functools.partial(self.read_line, CHUNK_LINE, 4096, "a chunk's size is malformed")
-        try:
-            while n := int(chunk()[1], 16) if self.length is None else self.length - held:
-                if held + n > limit:
-                    raise Refusal(413, "too_large", f"the body is over [server] max_body, {limit} bytes")
-                with server.lock:
-                    if server.receiving + n > ALL_BODIES:
-                        raise Refusal(503, "busy", f"over {ALL_BODIES >> 20}M are being received", {"Retry-After": "1"})
-                    server.receiving += n
-                    held += n
-                if body.write(self.rfile.read(n)) < n:
-                    raise ConnectionResetError("closed in the middle of a body")
-                if self.length is None and self.rfile.read(2) != b"\r\n":
-                    raise Refusal(400, "malformed_request", "a chunk is longer than its size")
-            if self.length is None:
-                self.read_fields()  # trailers
-            self.unread = False
-            self.request.since = math.inf
-            yield body.getvalue()
-        finally:
-            with server.lock:
-                server.receiving -= held
-
-    # Answering -------------------------------------------------------------------------------------------------------
-
-    def route(self) -> dict[str, Any] | str:
-        """What the answer to this request says. Raises Refusal."""
-        routes: dict[str, Callable[[], dict[str, Any] | str]]
-        routes = {WEBHOOKS: self.webhook, "/healthz": self.health, "/metrics": self.show_metrics}
-        if self.target not in routes:
-            raise Refusal(404, "not_found", f"there is nothing here; webhooks go to {WEBHOOKS}")
-        allow = "POST" if self.target == WEBHOOKS else "GET, HEAD"
-        if self.command not in allow.split(", "):
-            raise Refusal(405, "method_not_allowed", f"only {allow}", {"Allow": allow})
-        return routes[self.target]()
-
-    def webhook(self) -> dict[str, Any]:
-        """Take a webhook's alerts: each one's state, in the webhook's order, once they are on disk. Raises Refusal."""
-        if self.server.config.webhook_token:
-            self.authorize("webhook_token", self.server.config.webhook_token)
-        alerts, numbers = self.take()
-        try:
-            queued = self.server.queue.wait(numbers, self.server.config.wait, self.server.archiver.hopeless)
-        except QueueError:  # they are on disk: that is what this answer has to say
-            queued = dict.fromkeys(numbers, ("webhooks", None))
-        states: list[dict[str, Any]] = []
-        jobs = iter(numbers)
-        for alert in alerts:
-            state, trouble = "archived", None
-            if isinstance(alert, Rejected):
-                state, trouble = "rejected", {"type": "invalid_alert", "message": alert.message}
-            elif (number := next(jobs)) in queued:
-                step, error = queued[number]
-                trouble = json.loads(error) if error else self.server.archiver.trouble(step)
-                state, trouble = "queued", trouble and {name: trouble[name] for name in ("type", "message")}
-            states.append({"id": alert.id, "state": state, **({"error": trouble} if trouble else {})})
-        if alerts and not numbers:
-            more = f" (and {len(states) - 1} more)" if len(states) > 1 else ""
-            raise Refusal(400, "invalid_alert", states[0]["error"]["message"] + more, alerts=states)
-        return {"success": True, "alerts": states}
-
-    def take(self) -> tuple[list[Arrival | Rejected], list[int]]:
-        """Put a webhook on disk: what it says, and the numbers of the good alerts' jobs. Raises Refusal."""
-        alerts: list[Arrival | Rejected] = []
-        with self.body() as body:
-            try:
-                with self.server.parsing:
-                    gc.disable()  # it would look at millions of new values again and again, in which there is no cycle
-                    try:
-                        alerts = read_webhook(body)
-                    finally:
-                        gc.enable()
-                problem = next((alert.message for alert in alerts if isinstance(alert, Rejected)), "")
-            except (Malformed, RecursionError) as error:  # at one exact depth the whole is read, and its parts are not
-                problem = str(error)
-            good = arrivals = [alert for alert in alerts if isinstance(alert, Arrival)]
-            self.note = f" bytes={len(body)} alerts={len(good)} rejected={len(alerts) - len(good)}"
-            if problem:  # nothing that presented the token is lost, whatever it is
-                minute, digest = f"{datetime.now(timezone.utc):%Y/%m/%d/%H/%M}", hashlib.sha256(body).hexdigest()
-                arrivals = [*good, Arrival(digest, minute, "rejected", body)]
-            try:
-                numbers = self.server.queue.put(arrivals) if arrivals else []
-            except QueueError as error:
-                raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}) from None
-        if problem:
-            self.note += f" kept={digest}" + (f" reason={problem}" if good else "")  # 400 says by itself what is wrong
-        metrics.observe("ts3d_acknowledgement_seconds", time.monotonic() - self.started)
-        metrics.count("ts3d_alerts_received_total", len(good))
-        metrics.count("ts3d_alerts_rejected_total", len(alerts) - len(good))
-        self.server.archiver.wake.set()
-        if problem and not alerts:
-            raise Refusal(400, "malformed_webhook", problem)
-        return alerts, numbers[: len(good)]
-
-    def authorize(self, option: str, tokens: list[str]) -> None:
-        """Raises Refusal unless the request presents one of these tokens, which `option` has."""
-        query = self.path.partition("?")[2].replace("+", "%2B")  # `+` is itself here: tokens are often base64
-        presented = urllib.parse.parse_qs(query, encoding="latin-1").get("token", [])
-        fields = self.fields.get("authorization", ())
-        presented += [field[7:].strip() for field in fields if field.lower().startswith("bearer ")]
-        pairs = [(a.encode(), b.encode("latin-1")) for a in tokens for b in presented]
-        # Every pair is compared, each in constant time.
-        if not any([hmac.compare_digest(*pair) for pair in pairs]):
-            said = f"present the secret of [server] {option}: Authorization: Bearer TOKEN, or ?token=TOKEN"
-            said = said if tokens else f"set [server] {option}: without one this is for the machine itself"
-            raise Refusal(401, "unauthorized", said, {"WWW-Authenticate": 'Bearer realm="ts3d"'})
-
-    def show_metrics(self) -> str:
-        """Prometheus's metrics, for this machine or who has the token for them. Raises Refusal."""
-        config, archiver = self.server.config, self.server.archiver
-        tokens = [config.metrics_token] if config.metrics_token else []
-        if tokens or not (self.client == "local" or is_loopback(self.client)):
-            self.authorize("metrics_token", tokens)
-        held = [error["held"] for error in archiver.held()]
-        gauges: Samples = {
-            "ts3d_upstream_held": {labels_text(upstream=name): name in held for name in ("s3", "threatstack")},
-            "ts3d_queue_max_size_bytes": {"": config.max_size},
-        }
-        if math.isfinite(config.certificate_ends):
-            gauges["ts3d_tls_certificate_end_timestamp_seconds"] = {"": config.certificate_ends}
-        counts, space = ("depth", "failed", "oldest_age_seconds"), ("size_bytes", "disk_free_bytes")
-        for names, read in ((counts, self.server.queue.counts), (space, self.server.queue.space)):
-            with contextlib.suppress(QueueError):  # then they are missing, and webhooks are answered 503
-                gauges |= {f"ts3d_queue_{name}": {"": value} for name, value in zip(names, read(), strict=True)}
-        return metrics.show(gauges)
-
-    def health(self) -> dict[str, Any]:
-        """Whether webhooks can be taken, and what is queued. Raises Refusal."""
-        counts: dict[str, Any] = {}
-        try:
-            with contextlib.suppress(QueueError):
-                queued, failed, oldest = self.server.queue.counts()
-                counts = {"queued": queued, "failed": failed, "oldest_seconds": round(oldest, 3)}
-            self.server.queue.prove_writable()
-        except QueueError as error:
-            raise Refusal(503, "queue_unavailable", str(error), {"Retry-After": "10"}, **counts) from None
-        return {"success": True, **counts}
-
-    def answer(self, status: int, payload: dict[str, Any] | str, headers: dict[str, str]) -> None:
-        """Send the answer; where the client may still be sending, let it read before the connection closes."""
-        if self.unread or self.server.stopping:
-            self.close_connection = True
-        if self.close_connection:
-            headers = {**headers, "Connection": "close"}
-        body = (payload if isinstance(payload, str) else json.dumps(payload)).encode()
-        kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(payload, str) else "application/json"
-        headers = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Request-Id": self.id, **headers}
-        self.send_response_only(status)
-        for name, value in {"Server": "ts3d", "Date": http_date(int(time.time())), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        data = self.wfile.getvalue() + (b"" if self.command == "HEAD" else body)
-        self.wfile = io.BytesIO()
-        # Idle from here on: the client, which reads this first, must not be overtaken by this thread's next line.
-        self.request.expect(self.server.config.request_timeout)
-        try:
-            self.request.sendall(data)
-            if self.unread:
-                # Take what the client still sends, or a reset would come before it has read its answer (RFC 9112, 9.6).
-                self.request.begun = True
-                self.request.shutdown(socket.SHUT_WR)
-                while self.rfile.read1(65536):
-                    pass
-        except OSError as error:
-            self.close_connection = True
-            log.debug("connection closed client=%s: %s", self.client, error)
+def expect_progress_within(limit: float) -> None:
+    """Declare that this thread calls this again within `limit` seconds, for the watchdog."""
+    PROGRESS_BY[threading.current_thread().name] = monotonic() + limit
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# systemd: the sockets that it hands over, and what it is told
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def handed_sockets(config: Config) -> list[socket.socket]:
-    """The sockets on which systemd listens for us, as sd_listen_fds(3) has it; often none. Raises ConfigError."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return []
-    sockets = []
-    for number in range(3, 3 + int(os.environ.get("LISTEN_FDS") or 0)):
-        where, listens = f"socket {number} of systemd's", 0
-        with contextlib.suppress(OSError):  # it is no socket
-            sock = socket.socket(fileno=number)
-            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if not listens or sock.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
-            raise ConfigError(f"{where}: does not listen for TCP or Unix connections (ListenStream=, Accept=no)")
-        if sock.family != socket.AF_UNIX:
-            require_token(config, f"{where}: {shown_address(sock, 'tcp')}", sock.getsockname()[0])
-        sockets.append(sock)
-    return sockets
+def start_thread(name: str, target: Callable[..., None], *args: Any) -> Thread:
+    """Start a thread that does not keep the process from ending."""
+    thread = Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def notify(text: str) -> None:
-    """Tell systemd, if it is there to be told, as sd_notify(3) has it."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(text.encode(), re.sub("^@", "\0", address))  # @: an abstract one
+    """Tell systemd, if it started this process. Source: sd_notify(3)."""
+    if target := environ.get("NOTIFY_SOCKET"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(text.encode(), re.sub("^@", "\0", target))  # @: an abstract address
 
 
-def watchdog() -> float:
-    """Seconds within which systemd's watchdog wants to hear of us, as sd_watchdog_enabled(3) has it; else infinity."""
-    ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-    return float(os.environ.get("WATCHDOG_USEC") or "inf") / 1e6 if ours else math.inf
-
-
-def tell_systemd(queue_: Queue, archiver: Archiver, late_before: list[str]) -> list[str]:
-    """Feed the watchdog while every thread moves, and say what is queued and what stands in its way.
-
-    Returns the names of the threads that are late; `late_before` are those of the last time.
-    """
-    late = sorted(name for name, moment in MOVES_BY.copy().items() if moment < time.monotonic())
-    if late != late_before:
-        log.error("threads that do not move: %s", ", ".join(late) or "none any more")
-    try:
-        queued, failed, _ = queue_.counts()
-        status = f"{queued} queued, {failed} failed"
-    except QueueError as error:
-        status = printable(redact(str(error)))
-    status = "; ".join([status, *(error["message"] for error in archiver.held())])
-    notify(f"STATUS={status}" + ("" if late else "\nWATCHDOG=1"))
-    return late
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-STOP_WITHIN = 7.0  # seconds from SIGTERM for what is at work; systemd and init scripts kill after 10 at the earliest
+STOP_WITHIN = 7.0  # seconds from SIGTERM for what is at work; a stop takes 10 at most
+BACKFILL_QUEUED = 1000  # queued alerts with which backfill waits
+BACKFILL_PATIENCE = 600.0  # seconds without progress after which backfill ends
+BACKFILL_OVERLAP, BACKFILL_FIRST = 3600.0, 86400.0  # seconds by which it goes back
 
 
 def require_upstreams(config: Config) -> None:
-    """Raises ConfigError unless all is there that archiving needs."""
-    config.require("bucket", "api_key", *(("user_id", "organization_id") if config.auth == "hawk" else ()))
+    """Check and set what all commands that archive need. Raises ConfigError."""
+    require(config, "bucket", "api_key")
+    if config.auth == "hawk":
+        require(config, "user_id", "organization_id")
     if not importlib.util.find_spec("boto3"):
-        raise ConfigError("boto3 is missing: apt install python3-boto3, or pip install boto3")
+        raise ConfigError("boto3 is missing. Install it: apt install python3-boto3")
+    file = join(config.secrets, "aws_credentials")
+    # Even if it is empty: commands run by hand must find no other credentials than the service.
+    if exists(file):
+        environ.setdefault("AWS_SHARED_CREDENTIALS_FILE", file)
+        environ.setdefault("AWS_CONFIG_FILE", file)
 
 
 def serve(config: Config) -> int:
-    """The daemon: listen, queue, archive, until SIGTERM or SIGINT."""
+    """Run the daemon, the default command: listen, queue, archive, until SIGTERM or SIGINT.
+
+    Example: ts3d serve. Exit codes: 0 stopped, 1 failed, 2 wrong usage, 78 wrong configuration.
+    """
     if config.workers:
         require_upstreams(config)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # `supervise` looks for them
-    # One thread runs at a time (the GIL): handing it from one processor to another costs more than the others give.
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
-    threading.excepthook = lambda args: log.error("thread ended: %s", describe(args.exc_value or SystemExit()))
-    os.umask(0o077)  # the queue holds what customers' alerts say
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    queue_ = Queue(config.path, config.max_size, create=True)
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # A handler may run while any lock is held: it sets a flag and nothing else.
+        signal.signal(number, lambda received, _: signals.append(received))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    place = f"{config.endpoint_url} {config.bucket}/{config.prefix}"
+    queue_ = Queue(config.path, config.max_size, place)
     archiver = Archiver(config, queue_)
-    sockets = listen(config)
-    server = Server(config, queue_, archiver, sockets)
-    acceptor = threading.Thread(target=server.serve_forever, name="acceptor", daemon=True)
-    acceptor.start()
-    target = f"archiving to s3://{config.bucket}/{config.prefix}" if config.workers else "only receiving"
-    shown = ", ".join(shown_address(sock, "https" if config.tls else "http") for sock in sockets)
-    log.info("ts3d %s listens on %s, queue %s, %s", VERSION, shown, config.path, target)
+    # A connection takes a file, and so do calls.
+    limit = max(1, files - 64 - 3 * config.workers)
+    config.max_connections = min(config.max_connections, limit)
+    server, threads = Server(config, archiver), [queue_.writer]
+    listeners = listen(config)
+    for listener in listeners:
+        threads.append(start_thread(f"acceptor-{listener.fileno()}", server.accept, listener))
+    urls = ",".join(url_of(sock, "https" if config.tls else "http") for sock in listeners)
+    archive = f"s3://{config.bucket}/{config.prefix}" if config.workers else "off"
+    info(f"ts3d {VERSION} listens on {urls}", queue=config.path, archive=archive)
     if not config.webhook_token:
-        log.warning("[server] webhook_token is not set: whoever can connect can post alerts")
-    if config.certificate_ends < time.time():
-        log.error("the certificate of [server] tls_certificate ended on %s", rfc_3339(config.certificate_ends))
+        warning("[server] webhook_token is not set: every local user can post alerts")
     notify("READY=1")  # before boto3 is imported, which takes longer than all the rest
     archiver.start()
     try:
-        supervise(queue_, archiver, [acceptor, queue_.writer, *archiver.threads])
-    except (QueueError, RuntimeError) as error:
-        log.critical("%s", error)
-        return 1
+        supervise(signals, queue_, archiver, threads + archiver.threads)
     finally:
-        deadline = time.monotonic() + STOP_WITHIN
-        server.stopping = True  # answers close their connections
-        archiver.stopping.set()  # answers wait for S3 no longer
-        queue_.stir()
+        deadline = monotonic() + STOP_WITHIN
+        server.stopping = archiver.stopping = True
+        archiver.stop_waiting()
         notify("STOPPING=1\nSTATUS=stopping")
-        log.info("stopping")
+        info("stopping")
+        for thread in threads[1:]:
+            thread.join(1)  # an acceptor may have accepted one more connection
         server.stop(deadline)
         archiver.stop(deadline)
-        queue_.close(max(1.0, deadline - time.monotonic()))
-    log.info("stopped")
+        queue_.close(max(1.0, deadline - monotonic()))
+    info("stopped")
     return 0
 
 
-def supervise(queue_: Queue, archiver: Archiver, threads: list[threading.Thread]) -> None:
-    """Look after the other threads until a signal ends the daemon, or what this raises."""
-    next_word, pause, late = 0.0, min(2.0, watchdog() / 4), list[str]()
-    # The signals are blocked, and looked for: a handler could run at any moment, with any lock held, and CPython's
-    # sigtimedwait takes an interruption after its time-out, such as SIGCONT, for one of them.
-    while not STOP_SIGNALS & signal.sigpending():
-        nap(0.25)
-        # What sleeps looks again now and then. This is the one timer: before Python 3.11 a wait for a lock with a
-        # time-out of its own goes by the wall clock, and one that is set back would make it wait for as long.
-        archiver.wake.set()
-        queue_.stir()
-        refused = [{k: v for k, v in error.items() if k != "bytes"} for error in [queue_.refused] if error]
-        queue_.obstacles = [json.dumps(error) for error in expired(archiver.config) + refused + archiver.held()]
-        queue_.beat()
-        if time.monotonic() >= next_word:
-            next_word = time.monotonic() + pause
-            late = tell_systemd(queue_, archiver, late)
-        if damage := queue_.damage():
-            raise QueueError(f"the queue is malformed ({damage}): the next start moves it aside")
-        if not all(thread.is_alive() for thread in threads):
-            raise RuntimeError("a thread has ended")
-        if archiver.fatal:
-            raise archiver.fatal
+def supervise(signals: list[int], queue_: Queue, archiver: Archiver, threads: list[Thread]) -> None:
+    """Watch the other threads until a signal ends the daemon. Raises what else ends it.
 
-
-def expired(config: Config) -> list[dict[str, Any]]:
-    """As an error, that the certificate which this process has read has ended."""
-    message = "the certificate of [server] tls_certificate has expired"
-    ended = {"type": "tls_certificate", "message": message, "since": config.certificate_ends}
-    return [ended] if config.certificate_ends < time.time() else []
+    Source: sd_watchdog_enabled(3).
+    """
+    pause = min(2.0, float(environ.get("WATCHDOG_USEC") or "inf") / 4e6)
+    next_word, late_before = 0.0, ""
+    while True:
+        time.sleep(0.25)
+        while signals:
+            if signals.pop(0) != signal.SIGHUP:
+                return
+            warning("SIGHUP ignored: there is no reload. Use systemctl restart ts3d")
+        for thread in threads:
+            if not thread.is_alive():
+                raise RuntimeError(f"thread {thread.name} ended. A restart continues its work")
+        if fatal := queue_.fatal or archiver.fatal:
+            raise fatal
+        now = monotonic()
+        if now < next_word:
+            continue
+        next_word = now + pause
+        late = ",".join(sorted(name for name, by in PROGRESS_BY.copy().items() if by < now))
+        if late != late_before:
+            log_error("threads without progress", threads=late)
+        late_before = late
+        parts = [f"{queue_.facts['queued']} queued, {queue_.facts['failed']} failed"]
+        for error in (queue_.error, archiver.problem()):
+            if error:
+                parts.append(printable(str(error)))
+        notify(f"STATUS={'; '.join(parts)}")
+        if not late:
+            notify("WATCHDOG=1")
 
 
 def check(path: str) -> int:
-    """Look at all that the daemon needs: a line each, `ok`, or what is wrong and how to mend it. The exit code."""
-    failed = False
+    """Test configuration, queue, credentials, S3, Threat Stack and clock: a line each.
 
-    def look(name: str, function: Callable[..., T], *arguments: Any) -> T | None:
-        nonlocal failed
+    Example: ts3d check. Exit codes: 0 all is well, 1 a test failed, 2 wrong usage (other commands:
+    78 wrong configuration).
+    """
+    codes = []
+
+    def test(name: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
-            value = function(*arguments)
-            verdict, said = "ok", path if isinstance(value, Config) else str(value)
-        except Exception as error:  # one look that goes wrong must not keep the others from being taken
-            verdict, said, value, failed = "FAIL", explain(error), None, True
-        print(f"{verdict:6}{name:14}{printable(redact(said))}", flush=True)
+            value = function(*args)
+            verdict, text = "ok", str(value)
+        except Exception as error:  # one test that fails must not keep the others from running
+            verdict, text, value = "FAIL", explain(error), None
+        codes.append(int(verdict == "FAIL"))
+        print(f"{verdict:6}{name:14}{printable(text)}", flush=True)
         return value
 
-    if config := look("configuration", check_configuration, path):
-        start_log(config.level)
+    if test("configuration", check_configuration, path):
+        config = load_config(path)
         s3, threatstack = S3(config), ThreatStack(config)
-        look("queue", check_queue, config)
-        look("credentials", s3.identity)
-        look("s3", s3.check)
-        look("threatstack", threatstack.check)
-        look("clock", check_clock, s3, threatstack)
-        if config.tls:
-            look("certificate", check_certificate, config)
-    return int(failed)
+        test("listen", check_listen, config)
+        test("queue", check_queue, config)
+        test("credentials", s3.credentials)
+        test("s3", s3.check)
+        test("threatstack", threatstack.check)
+        test("clock", check_clock, s3.date, threatstack.date)
+    return max(codes)
 
 
-def check_configuration(path: str) -> Config:
-    """The configuration, if all of it can be used. Raises ConfigError."""
+def check_configuration(path: str) -> str:
+    """Say what is configured. Raises ConfigError."""
     config = load_config(path)
+    start_log(config.level)
     require_upstreams(config)
-    listen_address(config)
-    return config
+    return f"{path}; not at their defaults: {', '.join(config.changed)}"
+
+
+def check_listen(config: Config) -> str:
+    """Bind the address, unless a daemon runs. Raises ConfigError."""
+    if running(config.path):
+        return "the daemon is running"
+    for sock in listen(config):
+        sock.close()
+    return f"{config.listen} is free"
 
 
 def check_queue(config: Config) -> str:
-    """What is queued, in words, or that the daemon can make a queue. Raises ConfigError, QueueError."""
-    folder = os.path.dirname(config.path)
-    if not os.path.exists(config.path):
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ConfigError(f"{config.path}: {folder} is no folder that can be written ([queue] path)")
-        if disk_free(config.path) < HOLD_BACK:
-            raise QueueError(f"{config.path}: {DISK_FULL}: webhooks will be answered 503")
-        return f"{config.path} is not there yet: `ts3d serve` makes it"
-    with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
+    """Say what is queued, or that the daemon can create a queue. Raises ConfigError, QueueError."""
+    if not exists(config.path):
         try:
-            queued, failed, _ = queue_.counts()
-            queue_.prove_writable()
-            for cause in queue_.causes():
-                if cause["type"] in ("queue_full", "disk_full") and queue_.running():
-                    raise QueueError(cause["message"])
-        except QueueError as error:
-            raise QueueError(f"{config.path}: {error}: webhooks are answered 503 until that is mended") from None
-    more = " (`ts3d status` says why)" if queued or failed else ""
-    return f"{config.path}: {queued} queued, {failed} failed{more}"
+            create_file(config.path).close()
+            os.remove(config.path)
+        except OSError as error:
+            where = f"[queue] path = {config.path}"
+            raise ConfigError(f"{where} cannot be written: {error}. Name another file") from None
+        return f"{config.path} can be created"
+    with closing(Queue(config.path, config.max_size)) as queue_:
+        queue_.require_writable()
+        return f"{config.path}: {queue_.facts['queued']} queued, {queue_.facts['failed']} failed"
 
 
-def check_clock(*upstreams: Upstream) -> str:
-    """How far this machine's clock is from the upstreams', in words. Raises ConfigError."""
-    skews = {upstream.title: skew for upstream in upstreams if (skew := upstream.skew()) is not None}
-    said = " and ".join(
-        f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {title}'s" for title, skew in skews.items()
-    )
-    if any(abs(skew) > ThreatStack.MAX_SKEW for skew in skews.values()):
-        raise ConfigError(f"this machine's clock is {said}: set it right, by NTP for example (timedatectl set-ntp yes)")
-    return f"this machine's is {said}" if said else "not compared: neither S3 nor Threat Stack said what time it is"
+def check_clock(*dates: str | None) -> str:
+    """Say by how much this machine's clock differs from the upstreams'. Raises ConfigError."""
+    skews = [skew for skew in map(skew_of, dates) if skew is not None]
+    text = f"seconds ahead of S3 and Threat Stack: {', '.join(f'{skew:.0f}' for skew in skews)}"
+    if any(abs(skew) > 60 for skew in skews):  # what Hawk allows
+        raise ConfigError(f"{text}. Set this machine's clock: timedatectl set-ntp yes")
+    return text
 
 
-def check_certificate(config: Config) -> str:
-    """How long [server] tls_certificate is valid, in words. Raises ConfigError where it, or the daemon's, is not."""
-    left = config.certificate_ends - time.time()
-    if math.isnan(left):
-        return f"{config.tls_certificate}: no last day is found in it"
-    said = f"{config.tls_certificate}: its last day is {rfc_3339(config.certificate_ends)[:10]}"
-    if left < 0:
-        raise ConfigError(f"{said}, which is over: Threat Stack sends nothing any more. Renew it, and restart ts3d")
-    old = False
-    with contextlib.suppress(ConfigError, QueueError), contextlib.closing(Queue(config.path, config.max_size)) as jobs:
-        old = jobs.running() and any(cause["type"] == "tls_certificate" for cause in jobs.causes())
-    if old:
-        raise ConfigError(f"{said}, but the daemon still has the one before, which is over: systemctl restart ts3d")
-    return f"{said}, in {duration(left)}"
-
-
-def duration(seconds: float) -> str:
-    """A time span for people, in its two largest units."""
-    for unit, n, smaller, m in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= n:
-            return f"{seconds // n:.0f} {unit} {seconds % n // m:.0f} {smaller}"
-    return f"{seconds:.0f} s"
-
-
-def size(bytes_: int) -> str:
-    """Bytes for people, in the units of ts3d.conf."""
-    unit = max((unit for unit, n in SIZE.items() if bytes_ >= n), key=SIZE.__getitem__, default="")
-    return f"{bytes_ / SIZE[unit]:.1f}{unit}".replace(".0", "") if unit else str(bytes_)
+def rfc_3339(moment: float) -> str:
+    """Return a time in UTC, to the millisecond."""
+    text = datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
 
 
 def status(config: Config, failed: bool, as_json: bool) -> int:
-    """Say what is queued and failed, and what stands in the way; it takes nothing but the queue's file."""
-    with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
-        queued, given_up, oldest = queue_.counts()
-        used, free = queue_.space()
-        running, causes = queue_.running(), queue_.causes()
-        failures = queue_.failed() if failed else iter(())
-        # What the daemon says goes before what is seen from here: the certificate that it has may be another.
-        seen = expired(config) + ([{"type": "disk_full", "message": DISK_FULL}] if free < HOLD_BACK else [])
-        noted = [cause["type"] for cause in causes]
-        causes[:0] = [cause for cause in seen if cause["type"] not in noted]
+    """Show queued and failed alerts, and current problems.
+
+    Example: ts3d status --failed. Exit codes: 0 no problem, 1 a problem, 2 wrong usage, 78 wrong
+    configuration.
+    """
+    with closing(Queue(config.path, config.max_size)) as queue_:
+        problems = queue_.problems()
+        failures = queue_.failures() if failed else iter(())
         if as_json:
-            facts: dict[str, Any] = {"running": running, "queued": queued, "failed": given_up}
-            facts |= {"oldest_seconds": round(oldest, 3), "queue_bytes": used, "max_bytes": config.max_size}
-            facts |= {"disk_free_bytes": free, "causes": list(map(readable, causes))}
-            print(json.dumps(facts | ({"failures": list(map(readable, failures))} if failed else {})), flush=True)
-            return 0
-        if not failed:
-            say(f"daemon   {'runs' if running else 'does not run'}")
-            say(f"queued   {queued}" + (f", the oldest for {duration(oldest)}" if queued else ""))
-            hint = ": `ts3d status --failed` lists them, `ts3d retry` tries them again" if given_up else ""
-            say(f"failed   {given_up}{hint}")
-            say(f"disk     {size(used)} of {size(config.max_size)} used, {size(free)} free: {config.path}")
-            last = "" if running else ", as of when the daemon ran last"
-            say(f"\nWhat stands in the way{last}:" if causes else f"\nNothing stands in the way{last}.")
-            for cause in causes:
-                say(headline(cause))
-                say(cause["message"], "    ")
-        elif not given_up:
-            say("none has failed")
+            facts = {"running": running(queue_.path), **queue_.facts, "causes": problems}
+            if failed:
+                facts["failures"] = list(failures)
+            print(dumps(facts), flush=True)
+        elif not failed:
+            show_status(queue_, problems)
         for alert in failures:
-            say(f"{alert['id']} came {rfc_3339(alert['received'])}, and failed after {alert['tries']} tries")
-            say(f"{alert['error'].get('type')}: {alert['error'].get('message')}", "    ")
-    return 0
+            error = alert["error"]
+            say(f"{alert['id']} received {alert['received']}, {alert['tries']} tries")
+            say(f"{error['type']}: {error['message']}", "    ")
+    return int(bool(problems))
 
 
-def headline(cause: dict[str, Any]) -> str:
-    """What is in the way, since when, and of how many alerts."""
-    said = f"{cause['held']} is held: {cause['type']}" if "held" in cause else str(cause["type"])
-    if since := cause.get("since"):
-        said += f", since {rfc_3339(since)[:19]}Z ({duration(max(0, time.time() - since))})"
-    counts = [f"{cause[state]}\xa0{state}" for state in ("queued", "failed") if cause.get(state)]
-    said = f"{said}: {', '.join(counts)}" if counts else said
-    return said + (f", such as {cause['alert']}" if cause.get("alert") else "")
-
-
-def readable(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with its times as RFC 3339 has them."""
-    times = {name: rfc_3339(entry[name]) for name in ("since", "received") if entry.get(name)}
-    return {**entry, **times, **({"error": readable(entry["error"])} if "error" in entry else {})}
+def show_status(queue_: Queue, problems: list[Json]) -> None:
+    """Print the status for people."""
+    queued, failed, age, size, limit, free = map(int, queue_.facts.values())
+    say(f"daemon   {'running' if running(queue_.path) else 'not running'}")
+    oldest = f", oldest {timedelta(seconds=age)}" if queued else ""
+    hint = ": `ts3d status --failed` lists them, `ts3d retry` retries them" if failed else ""
+    say(f"queued   {queued}{oldest}")
+    say(f"failed   {failed}{hint}")
+    say(f"disk     {size >> 20}M of {limit >> 20}M used, {free >> 20}M free: {queue_.path}")
+    say("\nCurrent problems:" if problems else "\nNo current problems.")
+    for problem in problems:
+        text = problem["type"]
+        if "since" in problem:
+            text = (
+                f"{text} since {problem['since']}: {problem['queued']} queued, "
+                f"{problem['failed']} failed, such as {problem['alert']}"
+            )
+        say(text)
+        say(problem["message"], "    ")
 
 
 def say(text: str, indent: str = "") -> None:
-    """Print for people, in lines of at most 80 columns."""
-    import textwrap  # here, as the daemon starts faster without it
+    """Print for people, in lines of 79 columns that break between words."""
+    import textwrap  # here, for the daemon starts faster without it
 
-    wrap = textwrap.TextWrapper(79, indent, indent or 9 * " ", break_on_hyphens=False)
-    for line in text.splitlines():
-        print(wrap.fill(printable(redact(line))).replace("\xa0", " "), flush=True)  # which it takes for no blank
+    wrapper = textwrap.TextWrapper(79, indent, indent or 9 * " ")
+    wrapper.break_on_hyphens = wrapper.break_long_words = False
+    for line in text.split("\n"):
+        print(wrapper.fill(printable(line)), flush=True)
 
 
 def retry(config: Config, ids: list[str]) -> int:
-    """Queue failed alerts again, those named or all; 1 where one that is named has not failed."""
-    ids = list(dict.fromkeys(ids))
-    with contextlib.closing(Queue(config.path, config.max_size)) as queue_:
-        waiting, counts = queue_.queued(ids), queue_.retry_failed(ids)
-    others = [id_ for id_ in ids if not counts[id_]]
-    for id_ in others:
-        if id_ in waiting:
+    """Put failed alerts back into the queue: those named, or all.
+
+    Example: ts3d retry 587c0159a907346eccb84004. Exit codes: 0 done, 1 a named alert has not
+    failed, 2 wrong usage, 78 wrong configuration.
+    """
+    with closing(Queue(config.path, config.max_size)) as queue_:
+        queued = {row[0] for row in queue_.read(Queue.QUEUED, dumps(ids))}
+        counts = queue_.retry(dict.fromkeys(ids) or [""])
+    missing = [id_ for id_, n in counts.items() if id_ and not n]
+    for id_ in missing:
+        if id_ in queued:
             print(f"{id_} has not failed: it is queued", flush=True)
         else:
-            complain(f"there is no failed alert {id_}: `ts3d status --failed` lists them")
+            complain(f"there is no failed alert {id_}. List them: ts3d status --failed")
     print(f"{sum(counts.values())} queued again", flush=True)
-    return int(not waiting.issuperset(others))
+    return int(not queued.issuperset(missing))
 
 
-BACKFILL_WAITS = 1000  # jobs that are queued when backfill adds no more
-DOES_IT_RUN = "(does `ts3d serve` run?)"
-PATIENCE = 120.0  # seconds for which backfill tries again where something is away
-OVERLAP, FIRST_TIME = 3600.0, 86400.0  # seconds by which it goes back: an alert may be listed late; the first time
-
-
-def moment(text: str) -> float:
-    """Seconds since the epoch of an RFC 3339 time, a date (UTC) or an age. Raises argparse.ArgumentTypeError."""
+def time_argument(text: str) -> float:
+    """Return the seconds since the epoch of a time, date or age. Raises ArgumentTypeError."""
+    if match := fullmatch("([0-9]{1,12})([smhd])", text):
+        return max(0.0, time.time() - int(match[1]) * TIME[match[2]])
     try:
-        if match := re.fullmatch(f"([0-9]{{1,12}})([{''.join(TIME)}])", text):
-            seconds = time.time() - int(match[1]) * TIME[match[2]]
-        else:
-            with_time = f"{text}T00:00:00Z" if len(text) == len("2026-11-24") else text
-            match = RFC_3339.fullmatch(with_time)
-            when = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or '+00:00'}")  # type: ignore[index]
-            seconds = when.timestamp() + float(re.match("[0-9.]+", with_time[17:])[0])  # type: ignore[index]
-    except (ValueError, TypeError, OverflowError):
-        what = "neither a time such as 2026-11-24T18:00:00Z, nor a date, nor an age such as 2h (s, m, h or d)"
-        raise argparse.ArgumentTypeError(f"{text!r} is {what}") from None
-    if not 0 <= seconds < YEAR_10000 / 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not within the years 1970 to 9999")
-    return seconds
-
-
-def rfc_3339(seconds: float) -> str:
-    """A time in UTC, to the millisecond."""
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        if "-" not in text:
+            raise ValueError("is not a time such as 2026-11-24T18:00:00Z")
+        return read_time(re.sub("^[0-9]{4}-[0-9]{2}-[0-9]{2}$", r"\g<0>T00:00:00Z", text))
+    except ValueError as error:
+        raise ArgumentTypeError(
+            f"{text!r} {error}, nor a date such as 2026-11-24, nor an age such as 2h"
+        ) from None
 
 
 class Backfill:
-    """One run of `ts3d backfill`: what it has seen (`listed` …), and what it waits for (`note`), if it does.
+    """One run of `ts3d backfill`: it lists alerts page by page, and queues those that S3 lacks.
 
-    It keeps one page of the list at a time. Whatever ends it loses nothing: what it queued is on disk, and what is
-    queued or in S3 is not queued again.
+    What ends it loses nothing: what it queued is on disk, and the next run finds the rest.
     """
 
     def __init__(self, config: Config, since: float | None, until: float | None) -> None:
         self.config, self.since = config, since
-        # What appears meanwhile is left to the next run: with one end for all pages, it moves none of them.
-        self.until = min(math.inf if until is None else until, time.time())
+        self.until = min(until or math.inf, time.time())  # one end for all pages
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
-        self.pool = ThreadPoolExecutor(1 + S3.HEADS)
-        self.listed = self.there = self.waiting = self.queued = self.bad = 0
-        self.note = ""
-        self.problem: Exception | None = None  # what ends the run, for all of its threads
+        self.listed = self.archived = self.waiting = self.queued = self.invalid = 0
+        self.progress_at = monotonic()
+        self.problem: Exception | None = None
+        self.ended = threading.Event()
 
     def __str__(self) -> str:
-        """What was done so far, in words."""
-        said = f"{self.listed} listed, {self.there} there already, {self.queued} queued"
-        said += f", {self.waiting} in the queue already" if self.waiting else ""
-        return said + (f", {self.bad} malformed and not archived" if self.bad else "")
+        """Return what was done so far."""
+        return (
+            f"{self.listed} listed, {self.archived} archived already, {self.waiting} queued "
+            f"already, {self.queued} queued, {self.invalid} invalid and not archived"
+        )
 
     def run(self) -> None:
-        """Do it. Raises ArgumentTypeError for a range that is empty, ConfigError, QueueError, UpstreamError."""
-        with contextlib.closing(Queue(self.config.path, self.config.max_size)) as self.queue:
-            known = self.insist(self.queue.backfilled)
+        """Do it. Raises ArgumentTypeError, ConfigError, QueueError, UpstreamError."""
+        with (
+            closing(Queue(self.config.path, self.config.max_size)) as self.queue,
+            ThreadPoolExecutor(8) as pool,
+        ):
+            since = self.since
+            if since is None:
+                since = self.until - BACKFILL_FIRST
+                done = self.insist(self.queue.backfilled)
+                if 0 < done <= time.time():  # else it was noted by a clock that was wrong
+                    since = done - BACKFILL_OVERLAP
+            if since >= self.until:
+                text = f"--from {rfc_3339(since)} is not before --until {rfc_3339(self.until)}"
+                raise ArgumentTypeError(text)
+            for page in self.pages(rfc_3339(since), rfc_3339(self.until)):
+                self.queue_missing(self.read_page(page), pool)
             if self.since is None:
-                self.since = self.until - FIRST_TIME if known is None else known - OVERLAP
-            since, until = rfc_3339(self.since), rfc_3339(self.until)
-            if self.since >= self.until:
-                begin = f"{since} (--from, or where the last run ended less an hour)"
-                raise argparse.ArgumentTypeError(f"{begin} is not before {until} (--until, or now)")
-            log.info("backfill: alerts from %s until %s", since, until)
-            for alerts in self.pages(since, until):
-                self.take(alerts)
-            known = self.insist(self.queue.backfilled, self.since, self.until)
-            if known and known < self.since:
-                log.info("backfill: the next run without --from goes on at %s: a gap is left", rfc_3339(known))
+                self.insist(self.queue.backfilled, self.until)
 
-    def insist(self, function: Callable[..., T], *args: Any) -> T:
-        """What `function` returns, tried again while an upstream is away. Raises UpstreamError, QueueError."""
-        began, tries = time.monotonic(), 0
-        while True:
+    def insist(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return what `function` returns; after a failure that may pass, call it again.
+
+        Raises UpstreamError, QueueError.
+        """
+        for tries in itertools.count():
             try:
                 result = function(*args)
-                self.note = ""
+                self.progress_at = monotonic()
                 return result
             except (UpstreamError, QueueError) as error:
-                tries += 1
-                status, pause = getattr(error, "status", 0), getattr(error, "retry_after", 0.0)
-                why = f"trying again: {error}"
-                refused = (300 <= status < 500 and status != 408) or getattr(error, "cause", "") in S3.CREDENTIALS
-                if status == 429:  # for however long
-                    began, why = time.monotonic(), "waiting: the rate of calls is limited"
-                elif isinstance(error, QueueFull) and self.drains():  # for however long
-                    began, why = time.monotonic(), f"waiting: the queue is half full, or its disk is full {DOES_IT_RUN}"
-                elif refused or time.monotonic() + pause - began > PATIENCE:
-                    self.problem = self.problem or error
-                self.pause(pause or backoff(tries, 30.0), why)
-                if self.problem:
-                    raise self.problem from None
+                status = getattr(error, "status", 0)
+                lasts = 300 <= status < 500 and status not in (408, 429)
+                if lasts or re.match(CREDENTIALS, error.type):
+                    self.problem = error
+                    self.ended.set()
+                    raise
+                self.pause(getattr(error, "retry_after", 0) or backoff(tries, 0, 30), error)
 
-    def drains(self) -> bool:
-        """Whether waiting makes room in the queue, as far as that can be read."""
-        with contextlib.suppress(QueueError):
-            return self.queue.counts()[0] > 0
-        return True
+    def pause(self, wait: float, reason: Exception) -> None:
+        """Wait. Raises `reason` if there was no progress for too long."""
+        if monotonic() + wait - self.progress_at > BACKFILL_PATIENCE:
+            raise reason
+        self.show(f"; waiting: {reason}")
+        if self.ended.wait(wait):  # another of the calls that run side by side has failed for good
+            raise self.problem or reason
 
-    def pause(self, seconds: float, why: str) -> None:
-        """Wait, and say why, unless the run is over."""
-        self.note, end = why, time.monotonic() + seconds
-        while not self.problem and time.monotonic() < end:
-            nap(min(0.25, seconds))
+    def show(self, more: str = "") -> None:
+        """Show the progress on a terminal."""
+        if sys.stderr.isatty():
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            text = printable(f"{self}{more}")[: width - 1]
+            print(f"\x1b[K{text}\r", end="", file=sys.stderr, flush=True)
 
     def pages(self, since: str, until: str) -> Iterator[str]:
-        """The list of alerts, page by page: the text of a JSON array each. Raises UpstreamError."""
-        lists: list[dict[str, Any]] = [{"start": since, "end": until, "count": 100, "page": 0}]
-        if self.config.auth == "hawk":  # in this order: an alert that is dismissed meanwhile is in the second list
-            lists = [{"status": status, "from": since, "until": until} for status in ("active", "dismissed")]
-        for query in lists:
-            seen: set[int] = set()  # hashes of pages: the same page again and again would have no end
+        """Yield the list of alerts, page by page, as a JSON list. Raises UpstreamError."""
+        queries: list[Json] = [{"start": since, "end": until, "count": 100, "page": 0}]
+        if self.config.auth == "hawk":
+            # In this order: an alert that is dismissed meanwhile is in the second list.
+            kinds = ("active", "dismissed")
+            queries = [{"status": kind, "from": since, "until": until} for kind in kinds]
+        for query in queries:
+            seen = set()  # a list that repeats a page has no end
             more = True
             while more:
-                body = self.insist(self.threatstack.get, f"/alerts?{urllib.parse.urlencode(query)}")
-                text, alerts = read_json(body)
-                page, literal = hash(text), text
-                if self.config.auth == "key":
-                    more, query["page"] = bool(alerts), query["page"] + 1
+                path = f"/alerts?{urlencode(query)}"
+                page, token = self.insist(self.threatstack.list, path)
+                if (page, token) in seen:
+                    raise self.threatstack.error("bad_answer", "the list of alerts has no end", 200)
+                seen.add((page, token))
+                if page != "[]":
+                    yield page
+                more = bool(token) or ("page" in query and page != "[]")
+                if "page" in query:
+                    query["page"] += 1
                 else:
-                    members = {"alerts": ["", ""], "token": ["", "null"]}
-                    members |= {name: found for name, *found in parts(text)} if text[0] == "{" else {}
-                    (alerts, literal), (token, number) = members["alerts"], members["token"]
-                    more = number not in ("null", '""', "false")
-                    query["token"] = token if isinstance(token, str) else number
-                if not isinstance(alerts, list) or page in seen:
-                    raise self.threatstack.error(
-                        "bad_answer", "the list of alerts is none, has no `alerts`, or has no end"
-                    )
-                seen.add(page)
-                if alerts:
-                    yield literal
+                    query["token"] = token
 
-    def take(self, alerts: str) -> None:
-        """Queue those of a page's alerts that S3 has no detail of. Raises ConfigError, QueueError, UpstreamError."""
-        time_of, found = "createdAt" if self.config.auth == "hawk" else "created_at", {}
-        for i, (_, value, literal) in enumerate(parts(alerts)):
-            alert = read_alert(literal, value, f"alerts[{i}].", time_of, "backfill")
-            self.listed += 1
-            if isinstance(alert, Rejected) and ALERT_ID.fullmatch(alert.id or ""):
-                # The time serves for the key alone, and what the API lists has a detail there.
-                log.warning("backfill: %s; archived as of now: %s", alert.message, alert.id)
-                minute = f"{datetime.fromtimestamp(self.until, timezone.utc):%Y/%m/%d/%H/%M}"
-                alert = Arrival(str(alert.id), minute, "backfill", literal.encode())
-            if isinstance(alert, Arrival):
-                found[alert.id] = alert
-            else:
-                self.bad += 1
-                log.error("backfill: alert %s is not archived: %s", alert.id, alert.message)
-        # Before the look at what is there, for it may take hours.
-        while self.insist(self.queue.counts)[0] >= BACKFILL_WAITS:
-            self.pause(0.5, f"waiting: {BACKFILL_WAITS} alerts or more are queued {DOES_IT_RUN}")
-        # In this order: one that leaves the queue in between is in S3.
-        waiting = self.insist(self.queue.queued, found)
-        rest = [alert for alert in found.values() if alert.id not in waiting]
-        there = list(self.pool.map(self.insist, itertools.repeat(self.s3.exists), map(OBJECTS["alerts"].name, rest)))
-        missing = [alert for alert, is_there in zip(rest, there, strict=True) if not is_there]
+    def queue_missing(self, found: dict[str, Job], pool: ThreadPoolExecutor) -> None:
+        """Queue those of a page's alerts that S3 lacks. Raises QueueError, UpstreamError."""
+        before = 0.0
+        while self.queue.facts["queued"] >= BACKFILL_QUEUED:
+            if self.queue.facts["queued"] != before:
+                before, self.progress_at = self.queue.facts["queued"], monotonic()
+            self.pause(1, QueueError(f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status"))
+        # In this order: an alert that leaves the queue in between is in S3.
+        rows = self.insist(self.queue.read, Queue.QUEUED, dumps(list(found)))
+        waiting = {row[0] for row in rows}
+        rest = [job for job in found.values() if job.id not in waiting]
+        names = [name_of("alerts", job) for job in rest]
+        exist = pool.map(self.insist, itertools.repeat(self.s3.exists), names)
+        missing = [job for job, there in zip(rest, exist, strict=True) if not there]
         if missing:
             self.insist(self.queue.put, missing)
         self.waiting += len(waiting)
-        self.there += sum(there)
+        self.archived += len(rest) - len(missing)
         self.queued += len(missing)
+        self.show()
+
+    def read_page(self, page: str) -> dict[str, Job]:
+        """Return the jobs of a page's alerts, by id."""
+        found = {}
+        time_name = "createdAt" if self.config.auth == "hawk" else "created_at"
+        for i, (_, value, literal) in enumerate(literals(page)):
+            alert = read_alert(literal, value, f"alerts[{i}]", time_name, "backfill")
+            self.listed += 1
+            if isinstance(alert, Malformed):
+                log_error("backfill: invalid alert", id=alert.id, error=alert)
+                if not ALERT_ID.fullmatch(alert.id or ""):
+                    self.invalid += 1
+                    continue
+                # The time is only for the key, and the API has this alert's detail.
+                minute, body = minute_of(self.until), literal.encode()
+                alert = Job(str(alert.id), minute, "backfill", "backfill", body)
+            found[alert.id] = alert
+        return found
 
 
 def backfill(config: Config, since: float | None, until: float | None) -> int:
-    """Queue the alerts of a time range (seconds since the epoch) that the API lists and S3 lacks."""
+    """Queue alerts of a time range that the Threat Stack API lists and S3 lacks.
+
+    Example: ts3d backfill --from 2h. Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong
+    configuration, 130 stopped.
+    """
     require_upstreams(config)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before there are threads, and looked for as in `serve`
-    run, begin, on_terminal = Backfill(config, since, until), time.monotonic(), sys.stderr.isatty()
-    work = run.pool.submit(run.run)
-    shown, noted = begin, ""
-    while not work.done() and not STOP_SIGNALS & signal.sigpending():
-        nap(0.1)
-        now, note = time.monotonic(), run.note
-        said = f"{run}, {run.listed / (now - begin):.0f}/s{note and f'; {note}'}"
-        if on_terminal:
-            # The cursor is left at the line's beginning, so that what is logged stands in its place.
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            print(f"\x1b[K{printable(redact(said))[: width - 1]}\r", end="", file=sys.stderr, flush=True)
-        elif now - shown > 10 or (note and note != noted and now - shown > 1):
-            log.info("backfill: %s", said)
-            shown, noted = now, note or noted
-    if on_terminal:
-        print("\x1b[K", end="", file=sys.stderr, flush=True)
-    stopped = not work.done()
-    failure = None if stopped else work.exception()
-    if isinstance(failure, (UpstreamError, QueueError)):
-        complain(str(failure))
-    elif failure:
-        raise failure
-    how = " stopped" if stopped else " failed" if failure else ""
-    print(f"backfill{how}: {run}", flush=True)
-    if how:
-        os._exit(130 if stopped else 1)  # 130: as after SIGINT. Other threads may wait for an upstream still
-    return 1 if run.bad else 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run, how = Backfill(config, since, until), " failed"
+    try:
+        run.run()
+        how = ""
+    finally:
+        print("\x1b[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
+        print(f"backfill{how}: {run}", flush=True)
+    return int(run.invalid > 0)
 
 
 def complain(text: str) -> None:
-    """Say in one line, to whoever started this and to `systemctl status`, why it ends."""
-    line = printable(redact(text))
+    """Print an error in one line, and show it in `systemctl status`."""
+    line = printable(text)
     notify(f"STATUS={line}")
-    print(f"{'<3>' if in_journal() else ''}ts3d: {line}", file=sys.stderr)
+    print(f"{'<3>' if in_journal() else ''}ts3d: {line}", file=sys.stderr, flush=True)
 
 
-def explain(error: BaseException) -> str:
-    """An error in words: one that was foreseen speaks for itself, of a bug it is said where it is."""
-    # RuntimeError: no thread can be started.
-    foreseen = (ConfigError, QueueError, UpstreamError, argparse.ArgumentTypeError, RuntimeError, OSError)
-    return str(error) if isinstance(error, foreseen) else f"internal error: {describe(error)}"
+COMMANDS: dict[str, Callable[..., int]] = {
+    "serve": serve,
+    "check": check,
+    "status": status,
+    "retry": retry,
+    "backfill": backfill,
+}
+
+
+def parse_arguments(arguments: list[str] | None) -> Json:
+    """Return the command, the configuration's path, and the command's own arguments."""
+    option = ArgumentParser(add_help=False)  # before the command and after it
+    text = f"configuration file; default: {CONFIG_FILES[0]}, else ts3d.conf beside the program"
+    option.add_argument("-c", "--config", metavar="FILE", default=SUPPRESS, help=text)
+    text = "Archives Threat Stack's alerts in AWS S3."
+    codes = (
+        "Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration. Example: ts3d check"
+    )
+    parser = ArgumentParser("ts3d", description=text, epilog=codes, parents=[option])
+    parser.add_argument("--version", action="store_true", help="print versions and exit")
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    add_argument = {}
+    for name, function in COMMANDS.items():
+        text = str(function.__doc__)
+        command = parsers.add_parser(
+            name, parents=[option], help=text.split(".")[0], description=text
+        )
+        add_argument[name] = command.add_argument
+    add_argument["status"]("--failed", action="store_true", help="list failed alerts and errors")
+    add_argument["status"]("--json", dest="as_json", action="store_true", help="print JSON")
+    add_argument["retry"]("ids", metavar="ID", nargs="*", help="default: all failed alerts")
+    text = "a time (RFC 3339), a date (UTC) or an age such as 2h; default: "
+    last = "an hour before the end of the last complete run, at first 24 hours ago"
+    fill = partial(add_argument["backfill"], metavar="T", type=time_argument)
+    fill("--from", dest="since", help=text + last)
+    fill("--until", help=text + "now")
+    return vars(parser.parse_args(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that the arguments name; its exit code."""
-    option = argparse.ArgumentParser(add_help=False)  # before the command and after it
-    option.add_argument("-c", dest="config", metavar="FILE", default=argparse.SUPPRESS, help="configuration")
-    parser = argparse.ArgumentParser("ts3d", description="Archives Threat Stack's alerts in AWS S3.", parents=[option])
-    parser.add_argument("--version", action="version", version=f"ts3d {VERSION}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("serve", parents=[option], help="the daemon (the default command)")
-    commands.add_parser("check", parents=[option], help="say whether everything is in place")
-    look = commands.add_parser("status", parents=[option], help="what is queued, and what stands in the way")
-    look.add_argument("--failed", action="store_true", help="list the failed alerts with their errors")
-    look.add_argument("--json", dest="as_json", action="store_true", help="for programs")
-    again = commands.add_parser("retry", parents=[option], help="queue failed alerts again")
-    again.add_argument("ids", metavar="ID", nargs="*", help="those to queue; by default all")
-    fill = commands.add_parser("backfill", parents=[option], help="archive what the API lists and S3 lacks")
-    form = "a time (RFC 3339), a date (UTC), or an age such as 2h"
-    fill.add_argument("--from", dest="since", metavar="T", type=moment, help=f"{form}; by default where it left off")
-    fill.add_argument("--until", metavar="T", type=moment, help="the same; by default now")
-    chosen = vars(parser.parse_args(arguments))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what upstreams say may be beyond the locale's characters
+    """Run the command that the arguments name; return its exit code."""
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # else the next file that is opened would take the place of, say, standard error
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # upstreams' texts may exceed the locale
         sys.stdout.reconfigure(errors="backslashreplace")
-    command = chosen.pop("command")
-    path = chosen.pop("config", None) or next(filter(os.path.exists, CONFIG_FILES), CONFIG_FILES[-1])
-    others: dict[str, Callable[..., int]] = {"status": status, "retry": retry, "backfill": backfill}
+    chosen = parse_arguments(arguments)
+    if chosen.pop("version"):
+        boto3 = "missing"
+        with suppress(importlib.metadata.PackageNotFoundError):
+            boto3 = importlib.metadata.version("boto3")
+        python = sys.version.split()[0]
+        print(f"ts3d {VERSION} (Python {python}, boto3 {boto3}, SQLite {sqlite3.sqlite_version})")
+        return 0
+    command = chosen.pop("command") or "serve"
+    path = chosen.pop("config", None) or next(filter(exists, CONFIG_FILES), CONFIG_FILES[1])
     try:
         if command == "check":
             return check(path)
         config = load_config(path)
         start_log(config.level)
-        return others.get(command, serve)(config, **chosen)
+        return COMMANDS[command](config, **chosen)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `ts3d status | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains of it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains of it at exit
         return 1
-    except Exception as error:  # also a bug: one line for the user, who can do nothing with a traceback
+    except Exception as error:  # a bug too: a traceback is no use to an administrator
         complain(explain(error))
-        return {ConfigError: 78, argparse.ArgumentTypeError: 2}.get(type(error), 1)  # 78: EX_CONFIG of sysexits.h
+        return {ConfigError: 78, ArgumentTypeError: 2}.get(type(error), 1)
 
 
 if __name__ == "__main__":
     sys.exit(main())
+
+# MIT License
+#
+# Copyright (c) 2026 the ts3d authors
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.

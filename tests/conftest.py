@@ -8,12 +8,15 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import trustme
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import threatstack
@@ -334,6 +337,58 @@ def silent(machine):
 
 
 @pytest.fixture
+def certificate(tmp_path):
+    """A certificate for this machine: a daemon's `options` for it, its PEM `file`, and a client's `context`."""
+    authority, pem, context = trustme.CA(), tmp_path / "server.pem", ssl.create_default_context()
+    authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pem)
+    authority.configure_trust(context)
+    options = {"server__tls_certificate": pem, "server__tls_key": pem}
+    return SimpleNamespace(options=options, file=pem, context=context, authority=authority)
+
+
+EVERY_NAME_IS_THIS_MACHINE = """
+from proxy.http.proxy import HttpProxyBasePlugin
+
+class Names(HttpProxyBasePlugin):
+    def resolve_dns(self, host, port):
+        return "127.0.0.1", None
+"""
+
+
+@pytest.fixture
+def new_proxy(tmp_path):
+    """Starts forward proxies, for which every name is this machine: their `port` and their `log`."""
+    (tmp_path / "names.py").write_text(EVERY_NAME_IS_THIS_MACHINE)
+    processes = []
+
+    def start(*options):
+        folder = tmp_path / f"proxy-{len(processes)}"
+        folder.mkdir()
+        command = [sys.executable, "-m", "proxy", "--port=0", f"--port-file={folder}/port", f"--data-dir={folder}"]
+        command += ["--num-acceptors=1", "--num-workers=1", "--plugins=names.Names", *options]
+        with (folder / "log").open("wb") as log:
+            environ = environment(PYTHONPATH=tmp_path, PYTHONUNBUFFERED=1)
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environ))
+        port = until(lambda: (folder / "port").exists() and (folder / "port").read_text().strip(), what="proxy")
+        return SimpleNamespace(port=int(port), log=(folder / "log").read_text)
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def elsewhere():
+    """An address of this machine's that is not loopback; nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("198.51.100.1", 9))
+        if not sock.getsockname()[0].startswith("127."):
+            return sock.getsockname()[0]
+    pytest.skip("this machine has no address but loopback")
+
+
+@pytest.fixture
 def tracer(tmp_path):
     """Runs strace on a daemon, with expressions as its `-e` has them; a context, whose value is the trace's file."""
     if not shutil.which("strace"):
@@ -360,6 +415,68 @@ def tracer(tmp_path):
 def alert(number=0, **members):
     """A valid alert, the number in its id and minute."""
     return {"id": f"alert-{number:06}", "created_at": 1484661065000 + number * 60000, "severity": 1, **members}
+
+
+FAST_CLOCK = """
+import threading, time
+from pathlib import Path
+
+file, lock = Path(__file__).with_name("speed"), threading.RLock()
+real, sleep, wait, epoch, began = time.monotonic, time.sleep, threading.Condition.wait, time.time(), time.monotonic()
+last, passed, speed, jump = began, 0.0, 1.0, 0.0
+
+def monotonic():
+    global last, passed, speed, jump
+    with lock:
+        now = real()
+        last, passed = now, passed + (now - last) * speed
+        speed, jump = map(float, file.read_text().split())
+        return began + passed
+
+def shorter(seconds):
+    return max(seconds / speed, min(seconds, 0.001))
+
+time.monotonic = threading._time = monotonic
+time.time = lambda: epoch + monotonic() - began + jump
+time.sleep = lambda seconds: sleep(shorter(seconds))
+threading.Condition.wait = lambda self, timeout=None: wait(self, timeout if timeout is None else shorter(timeout))
+"""
+
+
+class Clock:
+    """A daemon's clocks and pauses, `speed` times as fast, not its sockets'; the wall clock `jump` seconds ahead."""
+
+    HOURS = {"server__request_timeout": "1h", "threatstack__timeout": "1h"}  # short enough at some speed
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(FAST_CLOCK)
+        self.set()
+
+    def use(self, daemon):
+        daemon.environment["PYTHONPATH"] = str(self.folder)
+
+    def set(self, speed=1, jump=0):
+        new = self.folder / "new"
+        new.write_text(f"{speed} {jump}")
+        new.rename(self.folder / "speed")
+
+
+@pytest.fixture
+def clock(tmp_path):
+    return Clock(tmp_path / "clock")
+
+
+def problems_of(daemon):
+    """What `status` finds: its exit code, and messages by type."""
+    result = daemon.run("status", "--json")
+    return result.returncode, {cause["type"]: cause["message"] for cause in json.loads(result.stdout)["causes"]}
+
+
+def peak_memory(daemon):
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10
 
 
 def error_of(daemon, number=0):

@@ -1,88 +1,136 @@
-"""The main job on this machine alone: rclone as S3, Threat Stack's stand-in, ts3d, and the tutorial's webhook."""
+"""The main job on this machine: rclone as S3, the stand-in for Threat Stack, ts3d, and the tutorial's webhook."""
 
+import contextlib
 import json
+import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import threatstack
-from conftest import BUCKET, TOKEN, TUTORIAL_ID, Daemon, Rclone, until
 
-WEBHOOK = {
-    "alerts": [
-        {
-            "id": TUTORIAL_ID,
-            "title": "CloudTrail Activity (IAM Policy Changes) : CreatePolicy by demo",
-            "created_at": 1484661065000,
-            "severity": 3,
-            "organization_id": "5a2f3c9d1e8b7a6f4c0d2e1b",
-            "server_or_region": "us-east-1",
-            "source": "CLOUDTRAIL",
-        }
-    ]
+TS3D = Path(__file__).parent.parent / "ts3d.py"
+TOKEN = "open-sesame-open-sesame"
+BUCKET = "evidence"
+KEY, SECRET = "AKIDEXAMPLE", "aws-secret-access-key"
+ALERT = {
+    "id": "587c0159a907346eccb84004",
+    "title": "CloudTrail Activity (IAM Policy Changes) : CreatePolicy by demo",
+    "created_at": 1484661065000,
+    "severity": 3,
+    "organization_id": "5a2f3c9d1e8b7a6f4c0d2e1b",
+    "server_or_region": "us-east-1",
+    "source": "CLOUDTRAIL",
 }
-KEYS = [f"webhooks/2017/01/17/13/51/{TUTORIAL_ID}", f"alerts/58/7c/{TUTORIAL_ID}"]
+OBJECTS = {
+    f"webhooks/2017/01/17/13/51/{ALERT['id']}": json.dumps(ALERT).encode(),
+    f"alerts/58/7c/{ALERT['id']}": threatstack.detail(ALERT["id"]),
+}
+CONFIG = """\
+[server]
+listen = 127.0.0.1:{port}
+webhook_token = {token}
+wait = 10
+[threatstack]
+base_url = {threatstack}/api/v1
+api_key = {api_key}
+[s3]
+bucket = {bucket}
+endpoint_url = http://127.0.0.1:{s3}
+"""
 
 
-def say(title, text=""):
+def show(title, text=""):
     print(f"\n# {title}\n{text}".rstrip(), flush=True)
 
 
-def main():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is stopped
-    once = sys.argv[1:] == ["--once"]
-    if sys.argv[1:] and not once:
-        print("usage: sh tests/demo [--once]", file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory(prefix="ts3d-demo-") as name:
-        folder = Path(name)
-        s3, api = Rclone(folder / "s3"), threatstack.Faulty()
-        daemon = Daemon(folder, threatstack__base_url=f"{api.url}/api/v1", s3__endpoint_url=s3.url)
-        try:
-            s3.start()
-            daemon.start()
-            return show(folder, s3, daemon, once)
-        except KeyboardInterrupt:
-            return 0
-        except (AssertionError, ValueError) as error:  # `until` waited in vain, or the answer was no JSON
-            print(error, file=sys.stderr)
-            return 1
-        finally:
-            if daemon.process:
-                daemon.stop()
-            s3.stop()
-            api.stop()
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
-def show(folder, s3, daemon, once):
-    say(f"{daemon.config}", daemon.config.read_text())
-    url = f"http://127.0.0.1:{daemon.address[1]}/api/v1/s3/alert"
+def environment():
+    """This shell's environment without its settings of AWS, ts3d and proxies, and with the S3 server's credentials."""
+    ours = ("AWS_", "TS_AWS_", "THREATSTACK_", "http", "HTTP")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    aws = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+    return {**kept, **aws, "RCLONE_CONFIG": os.devnull}
+
+
+@contextlib.contextmanager
+def started(command, port, log):
+    """Runs a server; it answers at its port when the block begins, and has ended when the block has."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment())
+    try:
+        for _ in range(400):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
+        else:
+            process.kill()
+        if process.poll() is not None:
+            sys.exit(f"{shlex.join(map(str, command))} does not start:\n{log.read_text()}")
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def archive(folder, port):
+    """Sends the webhook with curl, and returns whether the answer and S3's objects are as expected."""
+    url = f"http://127.0.0.1:{port}/api/v1/s3/alert"
     webhook = folder / "webhook.json"
-    webhook.write_text(json.dumps(WEBHOOK))
+    webhook.write_text(json.dumps({"alerts": [ALERT]}))
     command = ["curl", "-sS", "-H", f"Authorization: Bearer {TOKEN}", "-d", f"@{webhook}", url]
-    say("The tutorial's webhook", f"$ {shlex.join(command)}")
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    show("The tutorial's webhook", f"$ {shlex.join(command)}")
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     print(answer.stdout + answer.stderr, flush=True)
-    until(lambda: len(s3.objects()) == 2, what="objects in S3")
-    objects = s3.objects()
+    top = folder / "s3" / BUCKET
+    objects = {str(path.relative_to(top)): path.read_bytes() for path in sorted(top.rglob("*")) if path.is_file()}
     for key, body in objects.items():
-        say(f"s3://{BUCKET}/{key}", body.decode())
-    expected = {"success": True, "alerts": [{"id": TUTORIAL_ID, "state": "archived"}]}
-    bodies = [json.dumps(WEBHOOK["alerts"][0]).encode(), threatstack.detail(TUTORIAL_ID)]
-    good = json.loads(answer.stdout) == expected and objects == dict(zip(KEYS, bodies, strict=True))
-    say("archived, byte for byte" if good else "this is not what was expected", f"The log: {daemon.log_file}")
+        show(f"s3://{BUCKET}/{key}", body.decode())
+    expected = {"success": True, "alerts": [{"id": ALERT["id"], "state": "archived"}]}
+    good = answer.stdout.strip() == json.dumps(expected) and objects == OBJECTS
+    show("Archived, byte for byte" if good else "This is not what was expected", f"Log: {folder / 'ts3d.log'}")
     body = '{"id": "an-alert-of-mine", "created_at": "1484661065000"}'
-    say("Try it by hand", f"$ curl -i '{url}?token={TOKEN}' -d '{body}'")
-    if once:
-        return 0 if good else 1
-    say("Ctrl-C ends it")
-    threading.Event().wait()
+    show("Try it by hand", f"$ curl -i '{url}?token={TOKEN}' -d '{body}'")
+    return good
+
+
+def main(once):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: every server is stopped
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ts3d-demo-")))
+        api = threatstack.Faulty()
+        stack.callback(api.stop)
+        (folder / "s3" / BUCKET).mkdir(parents=True)
+        s3, port = free_port(), free_port()
+        rclone = [Path(sys.executable).parent / "rclone", "serve", "s3", "--auth-key", f"{KEY},{SECRET}"]
+        rclone += ["--addr", f"127.0.0.1:{s3}", folder / "s3"]
+        stack.enter_context(started(rclone, s3, folder / "rclone.log"))
+        config = folder / "ts3d.conf"
+        values = {"threatstack": api.url, "api_key": threatstack.KEY, "bucket": BUCKET, "s3": s3}
+        config.write_text(CONFIG.format(port=port, token=TOKEN, **values))
+        show(config, config.read_text())
+        stack.enter_context(started([sys.executable, TS3D, "serve", "-c", config], port, folder / "ts3d.log"))
+        good = archive(folder, port)
+        if once:
+            return 0 if good else 1
+        show("Ctrl-C ends it")
+        threading.Event().wait()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:] == ["--once"]))

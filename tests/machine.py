@@ -1,6 +1,6 @@
-"""A Debian of its own with a booted systemd: made by debootstrap once, run by systemd-nspawn, changed in memory only.
+"""A Debian machine with a booted systemd: debootstrap makes it once, systemd-nspawn runs it, changes stay in memory.
 
-It has no network but its loopback. What is to be installed in it was downloaded when it was made.
+It has no network but loopback. Packages that tests install were downloaded when it was made.
 """
 
 import fcntl
@@ -17,14 +17,16 @@ import threatstack
 from conftest import AWS, ROOT, Rclone, alert, readme, until
 
 PACKAGES = "systemd systemd-sysv dbus curl"
-DOWNLOADED = "ca-certificates python3-boto3 python3-venv nginx-light caddy certbot pebble awscli prometheus sqlite3"
+DOWNLOADED = (
+    "ca-certificates python3-boto3 python3-venv nginx-light caddy apache2 certbot pebble awscli prometheus sqlite3"
+)
 HOSTS = "127.0.0.1 localhost ts3d.example.com\n::1 localhost\n"
 BASES = ROOT / ".venv" / "machines"
 COMMAND = ["env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
 
 
 def base(release):
-    """The folder of a release's files, made where it is missing. apt's and pip's settings are this machine's."""
+    """The folder of a release's files, which the first call makes with this machine's settings of apt and pip."""
     folder, stamp = BASES / release, f"{PACKAGES} / {DOWNLOADED} / {HOSTS}"
     BASES.mkdir(parents=True, exist_ok=True)
     with open(BASES / f"{release}.lock", "w") as lock:
@@ -53,6 +55,14 @@ def make(command):
     )
     if result.returncode:
         pytest.skip(f"{command[0]} fails here: {(result.stdout + result.stderr)[-500:]}")
+
+
+def quoted(section, *commands):
+    """These commands, which the README's section must have as they are, in a block or in a sentence."""
+    text = " ".join((ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0].split())
+    for command in commands:
+        assert " ".join(command.split()) in text, command
+    return commands
 
 
 class Machine:
@@ -140,17 +150,20 @@ class Machine:
         return {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()}
 
     def install(self, **environment):
-        """What the README's install section does, with upstreams in the machine."""
-        first, *rest = readme("Run it", "sh").splitlines()
+        """Follow the README's installation, with upstreams in the machine."""
+        first, *rest = readme("Installation", "sh", 1).splitlines()
         settings = "".join(f"export {name}='{value}'; " for name, value in environment.items())
         self.run(f"cd /root/ts3d; {settings} {first}", timeout=300)
         self.start_s3()
         self.start("threatstack", f"python3 /root/ts3d/tests/threatstack.py 9001 {self.MISSED}")
         self.run(
-            "sed -i 's,^#endpoint_url =$,endpoint_url = http://127.0.0.1:9000,; s,^#region =$,region = us-east-1,; "
+            "sed -i 's,^#endpoint_url =$,endpoint_url = http://127.0.0.1:9000,; "
             "s,^#base_url =$,base_url = http://127.0.0.1:9001/api/v1,' /etc/ts3d/ts3d.conf"
         )
-        self.run("cat >/etc/ts3d/secrets/aws_credentials", input=readme("Run it", ""))
+        credentials = "".join(
+            f"{name.lower()} = {AWS[name]}\n" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        )
+        self.path("/etc/ts3d/secrets/aws_credentials").write_text(f"[default]\n{credentials}")
         for line in rest:
             self.run(line, input=threatstack.KEY + "\n")
 
@@ -159,7 +172,7 @@ class Machine:
         return self.path("/etc/ts3d/secrets/webhook_token").read_text().strip()
 
     def post(self, number, url="http://127.0.0.1:8080", options=""):
-        """Post an alert with curl; its state, once it is told."""
+        """Post an alert with curl, and return its state."""
         body = json.dumps({"alerts": [alert(number)]})
         command = f"curl -sS -m 100 {options} -d @- '{url}/api/v1/s3/alert?token={self.token}'"
         return json.loads(self.run(command, input=body).stdout)["alerts"][0]["state"]

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -142,6 +143,65 @@ def test_a_webhook_with_something_rejected_is_200_and_kept_whole(daemon, s3):
     assert len(s3.objects("webhooks/")) == 2
 
 
+@pytest.mark.parametrize("order", ["AB", "ABA", "BAAB"])
+@pytest.mark.parametrize("webhooks", ["one", "each"])
+def test_of_one_id_with_two_bodies_the_later_one_is_kept(new_daemon, s3, order, webhooks):
+    """Both have the same key, if they are of the same minute; in one webhook, or in two while S3 is unavailable."""
+    daemon = new_daemon(server__wait="0")
+    s3.stop()
+    batches = [[alert(n, body=letter * 20) for letter in order] for n in range(20)]
+    for alerts in batches if webhooks == "one" else [[each] for batch in batches for each in batch]:
+        status, answer = daemon.post({"alerts": alerts})
+        assert (status, [each["state"] for each in answer["alerts"]]) == (200, ["queued"] * len(alerts))
+    s3.start()
+    until(lambda: daemon.health()["queued"] == 0)
+    found = {key.rpartition("/")[2]: json.loads(body) for key, body in s3.objects("webhooks/").items()}
+    assert found == {batch[-1]["id"]: batch[-1] for batch in batches}
+
+
+def test_of_one_id_in_two_minutes_both_are_kept(daemon, s3):
+    bodies = [alert(0), alert(0, created_at=alert(1)["created_at"])]
+    assert [a["state"] for a in daemon.post({"alerts": bodies})[1]["alerts"]] == ["archived"] * 2
+    assert [json.loads(body) for body in s3.objects("webhooks/").values()] == bodies
+    assert len(s3.objects("alerts/")) == 1
+
+
+@pytest.mark.parametrize("changed", ["prefix", "bucket", "both"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_alert_is_in_one_place_whatever_is_configured_meanwhile(new_daemon, s3, api, changed, version):
+    """Its webhook is in S3 and its detail is not, when the bucket or the prefix changes."""
+    more = {"threatstack__base_url": f"{api.url}/v2", **threatstack.HAWK} if version == 2 else {}
+    daemon = new_daemon(server__wait="0", s3__prefix="old", **more)
+    api.modes["alert-000000"] = 503  # of version 2 the events are there already
+    kinds = {"webhooks", "alerts"} | ({"events"} if version == 2 else set())
+    daemon.post({"alerts": [alert(0)]})
+    until(lambda: len(s3.objects()) == len(kinds) - 1)
+    until(lambda: daemon.logged("id=alert-000000 "))
+    assert daemon.stop() == 0
+    bucket = s3.folder / "other"
+    try:
+        bucket.mkdir()
+        s3.stop()  # it remembers what buckets there are
+        s3.start()
+        daemon.set(**({"s3__prefix": "new"} if changed != "bucket" else {}))
+        daemon.set(**({"s3__bucket": "other"} if changed != "prefix" else {}))
+        api.modes.clear()
+        daemon.start()
+        until(lambda: daemon.health()["queued"] == 0)
+        keys = {str(path.relative_to(s3.folder)) for path in s3.folder.rglob("alert-000000")}
+        places = {}
+        for key in keys:
+            bucket_, prefix, kind, *_ = key.split("/")
+            places.setdefault((bucket_, prefix), set()).add(kind)
+        assert kinds in places.values(), keys
+        (line,) = [line for line in daemon.log().splitlines() if "INFO archived " in line]
+        place = next(place for place, found in places.items() if found == kinds)
+        for key in line.partition("keys=")[2].split(","):
+            assert any(full.endswith(f"{key}") and tuple(full.split("/")[:2]) == place for full in keys), (line, keys)
+    finally:
+        shutil.rmtree(bucket)
+
+
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_daemon_answers_what_it_has_and_keeps_what_it_took(new_daemon, s3, api, sig):
     daemon = new_daemon(server__wait="30", threatstack__timeout="30")
@@ -190,8 +250,13 @@ def test_a_stopping_daemon_takes_a_request_that_has_begun(daemon, s3):
 
 @pytest.mark.parametrize("listen", ["[::1]:0", "localhost:0"])
 def test_other_addresses(new_daemon, listen):
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no {host}: {error}")
     daemon = new_daemon(server__listen=listen)
-    daemon.address = (listen.rpartition(":")[0].strip("[]"), daemon.address[1])
+    daemon.address = (host, daemon.address[1])
     assert daemon.health()["success"]
 
 

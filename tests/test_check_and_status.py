@@ -1,7 +1,6 @@
-"""An administrator's day: what `check`, `status` and `retry` say and do, alone, as whoever runs ts3d would use them."""
+"""What `check`, `status` and `retry` say and do, as an administrator uses them."""
 
 import contextlib
-import http.client
 import io
 import json
 import os
@@ -14,24 +13,19 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import boto3
 import pytest
 import threatstack
 import trustme
-from conftest import AWS, BUCKET, TOKEN, Daemon, alert, free_port, keys_of, until
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from conftest import AWS, BUCKET, TOKEN, Daemon, alert, free_port, keys_of, listening, until
 from moto.server import ThreadedMotoServer
-from test_durability import Clock
 
 import ts3d
 
-NOTHING = "Nothing stands in the way."
+NOTHING = "No current problems."
 QUICK = {"server__wait": "0", "threatstack__timeout": "1"}
 SECRETS = (TOKEN, threatstack.KEY, threatstack.USER, AWS["AWS_SECRET_ACCESS_KEY"])
 DAY = timedelta(days=1)
@@ -66,11 +60,12 @@ def failures(daemon):
 
 
 def status(daemon, *arguments):
-    """What `status` says, in lines of at most 80 columns."""
+    """What `status` says, in lines of at most 80 columns, but for words that are longer: none is broken."""
     result = daemon.run("status", *arguments)
-    assert (result.returncode, result.stderr) == (0, "")
     text = said_by(result)
-    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert result.stderr == ""
+    assert "--failed" in arguments or result.returncode == int(NOTHING not in text)
+    assert [line for line in text.splitlines() if len(line) > 80 and " " in line.strip()] == []
     return text
 
 
@@ -80,19 +75,22 @@ def flat(text):
 
 
 def facts(daemon, *arguments):
-    """What `status --json` says."""
+    """What `status --json` says; the exit code says whether that is a problem."""
     result = daemon.run("status", "--json", *arguments)
-    assert (result.returncode, result.stderr) == (0, "")
-    return json.loads(said_by(result))
+    found = json.loads(said_by(result))
+    assert (result.returncode, result.stderr) == (int(bool(found["causes"])), "")
+    return found
 
 
 def glance(daemon):
     """The same, in this process, as it costs less to look again and again."""
     secrets, output = list(ts3d.SECRETS), io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert ts3d.main(["status", "--json", "-c", str(daemon.config)]) == 0
+        code = ts3d.main(["status", "--json", "-c", str(daemon.config)])
     ts3d.SECRETS[:] = secrets
-    return json.loads(output.getvalue())
+    found = json.loads(output.getvalue())
+    assert code == int(bool(found["causes"]))
+    return found
 
 
 def causes(daemon):
@@ -100,37 +98,30 @@ def causes(daemon):
 
 
 def post(daemon, *alerts):
-    """POST a webhook, by HTTPS where the daemon speaks that; the status."""
-    if not daemon.options.get(("server", "tls_certificate")):
-        return daemon.post({"alerts": alerts})[0]
-    connection = http.client.HTTPSConnection(*daemon.address, context=ssl._create_unverified_context())
-    body = json.dumps({"alerts": alerts})
-    connection.request("POST", "/api/v1/s3/alert", body, {"Authorization": f"Bearer {TOKEN}"})
-    code = connection.getresponse().status
-    connection.close()
-    return code
+    """POST a webhook; the status."""
+    return daemon.post({"alerts": alerts})[0]
 
 
 def settled(daemon):
     """Wait until nothing is queued, or in the way."""
-    until(lambda: (now := glance(daemon))["queued"] == 0 and now["causes"] == [], what="clear way")
+    until(lambda: (now := glance(daemon))["queued"] == 0 and now["causes"] == [], what="end of all problems")
     assert NOTHING in status(daemon)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ten faults: each is injected into a daemon that has an alert to archive, found by `check` and `status`, and mended
+# Faults: each is injected into a daemon that has an alert to archive, found by `check` and `status`, and corrected
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class World:
     """What there is to break; the daemon is not started yet."""
 
-    def __init__(self, daemon, s3, api, folder):
-        self.daemon, self.s3, self.api, self.folder = daemon, s3, api, folder
+    def __init__(self, daemon, s3, api, folder, clock):
+        self.daemon, self.s3, self.api, self.folder, self.clock = daemon, s3, api, folder, clock
 
 
 def option(name, wrong):
-    """An option that is wrong until it is mended in the configuration, with a restart."""
+    """An option that is wrong until it is corrected in the configuration, with a restart."""
 
     @contextlib.contextmanager
     def fault(world):
@@ -217,24 +208,11 @@ def disk_full(world):
 
 @contextlib.contextmanager
 def clock_wrong(world):
-    clock = Clock(world.folder, world.daemon, FAKETIME_DONT_FAKE_MONOTONIC="1")
-    clock.set("+2h")
+    world.clock.use(world.daemon)
+    world.clock.set(jump=7200)
     world.daemon.start()
     yield
-    clock.set("+0")
-
-
-@contextlib.contextmanager
-def certificate_expired(world):
-    pem, ca = world.folder / "both.pem", trustme.CA()
-    over = ca.issue_cert("localhost", not_after=datetime.now(timezone.utc) - DAY)
-    over.private_key_and_cert_chain_pem.write_to_path(pem)
-    world.daemon.set(server__tls_certificate=pem, server__tls_key=pem)
-    world.daemon.start()
-    yield
-    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
-    assert world.daemon.stop() == 0
-    world.daemon.start()
+    world.clock.set()
 
 
 @contextlib.contextmanager
@@ -270,131 +248,85 @@ class Fault(NamedTuple):
     name: str
     inject: Callable[[World], Any]
     line: str | None  # of `check`, that fails
-    says: str  # there
-    type: str | None  # of the cause in `status`
-    message: str  # there
+    says: tuple[str, ...]  # there
+    type: str  # of the cause in `status`
+    message: tuple[str, ...]  # there
     options: dict = {}
     posted: int = 200
     queued: int = 2  # of two alerts, in the end
 
 
+KEY_IS_WRONG = ("401", "[threatstack] api_key", "auth = hawk")
+NO_SUCH_BUCKET = ("bucket elsewhere ", "NoSuchBucket", "[s3] bucket")
 FAULTS = [
     Fault(
         "wrong key",
         option("threatstack__api_key", "another"),
         "threatstack",
-        r"is \[threatstack\] api_key right\?.*401",
+        KEY_IS_WRONG,
         "threatstack_unauthorized",
-        r"threatstack is held: .*is \[threatstack\] api_key right\?",
+        KEY_IS_WRONG,
     ),
     Fault(
         "wrong AWS key",
         wrong_secret,
         "s3",
-        "are the credentials right where boto3 looks for them.*SignatureDoesNotMatch",
+        ("credentials", "SignatureDoesNotMatch"),
         "s3_SignatureDoesNotMatch",
-        "s3 is held: .*credentials right",
+        ("credentials",),
     ),
     Fault(
         "wrong bucket",
         option("s3__bucket", "elsewhere"),
         "s3",
-        r"is \[s3\] bucket right\?.*NoSuchBucket",
+        NO_SUCH_BUCKET,
         "s3_NoSuchBucket",
-        r"s3 is held: .*is \[s3\] bucket right\?",
+        NO_SUCH_BUCKET,
     ),
     Fault(
         "no permission",
         no_permission,
         "s3",
-        r"it takes s3:PutObject on evidence/\*.*not authorized to perform: s3:PutObject",
+        ("s3:PutObject", "evidence"),
         "s3_AccessDenied",
-        r"it takes s3:PutObject on evidence/\*",
+        ("s3:PutObject",),
     ),
-    Fault(
-        "S3 down",
-        s3_down,
-        "s3",
-        "does this machine reach it.*Could not connect to the endpoint URL",
-        "s3_EndpointConnectionError",
-        "s3 is held: .*Could not connect",
-    ),
+    Fault("S3 down", s3_down, "s3", ("http://127.0.0.1:",), "s3_EndpointConnectionError", ("127.0.0.1:",)),
     Fault(
         "Threat Stack down",
         threat_stack_down,
         "threatstack",
-        "does this machine reach it.*Connection refused",
+        ("http://127.0.0.1:", "refused"),
         "threatstack_unreachable",
-        "threatstack is held: .*refused",
+        ("refused",),
     ),
     Fault(
         "rate limited",
         rate_limited,
         "threatstack",
-        "too many calls.*it passes by itself.*429",
+        ("429",),
         "threatstack_rate_limited",
-        "threatstack is held: .*too many calls",
+        ("429",),
     ),
-    Fault(
-        "disk full",
-        disk_full,
-        "queue",
-        "disk has less than 16M free",
-        "queue_full|disk_full",
-        "less than 16M free",
-        posted=503,
-        queued=0,
-    ),
-    Fault(
-        "clock wrong",
-        clock_wrong,
-        "clock",
-        "is 7(199|200|201) s ahead of S3's and .*Threat Stack's: set it right, by NTP",
-        "s3_RequestTimeTooSkewed",
-        "s3 is held: .*is this machine's clock right",
-        options=threatstack.HAWK,
-    ),
-    Fault(
-        "certificate expired",
-        certificate_expired,
-        "certificate",
-        r"its last day is \d{4}-\d\d-\d\d, which is over.* Renew it, and restart",
-        "tls_certificate",
-        r"the certificate of \[server\] tls_certificate has expired",
-        queued=0,
-    ),
-    Fault(
-        "poisoned alert",
-        poisoned,
-        None,
-        "",
-        "threatstack_500",
-        "threatstack_500, since .*: 1 queued, such as alert-000000",
-        queued=1,
-    ),
+    Fault("disk full", disk_full, "queue", ("16M",), "queue_full|disk_full", ("16M",), posted=503, queued=0),
+    Fault("poisoned alert", poisoned, None, (), "threatstack_500", ("1 queued", "alert-000000"), queued=1),
 ]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
-def test_ten_faults(new_daemon, s3, api, tmp_path, fault):
+def test_faults(new_daemon, s3, api, tmp_path, clock, fault):
     daemon = new_daemon(start=False, **{**QUICK, **fault.options})
     if fault.options:
         daemon.set(threatstack__base_url=f"{api.url}/v2")
-    with fault.inject(World(daemon, s3, api, tmp_path)):
+    with fault.inject(World(daemon, s3, api, tmp_path, clock)):
         assert post(daemon, alert(0), alert(1)) == fault.posted
-        until(
-            lambda: any(
-                re.fullmatch(fault.type, type_) and ("is held" not in fault.message or "held" in cause)
-                for type_, cause in causes(daemon).items()
-            ),
-            what="cause",
-        )
+        until(lambda: [type_ for type_ in causes(daemon) if re.fullmatch(fault.type, type_)], what="cause")
         until(lambda: glance(daemon)["queued"] == fault.queued)
-        assert re.search(fault.message, flat(status(daemon)))
+        until(lambda: [part for part in fault.message if part not in flat(status(daemon))] == [])
         found = check(daemon)
         wrong = {name: text for name, (verdict, text) in found.items() if verdict == "FAIL"}
         if fault.line:
-            assert re.search(fault.says, wrong[fault.line]), wrong
+            assert [part for part in fault.says if part.lower() not in wrong[fault.line].lower()] == [], wrong
         # What is right is not blamed; but a clock that is wrong is seen in what signs with it.
         assert set(wrong) - ({"threatstack", "s3"} if fault.line == "clock" else set()) == {fault.line} - {None}
     assert post(daemon, alert(2)) == 200
@@ -435,10 +367,13 @@ def bucket():
     server.stop()
 
 
-REGION = "are [s3] region and endpoint_url right?"
-KEYS = "are the credentials right where boto3 looks for them?"
-ENDPOINT = "is [s3] endpoint_url right"
-PUT = "it takes s3:PutObject"
+REGION, ENDPOINT, KEYS, PUT, OPTIONS = (
+    "region",
+    "[s3] endpoint_url",
+    "credentials",
+    "s3:PutObject",
+    "[s3:put_object]",
+)
 
 
 @pytest.fixture
@@ -463,15 +398,30 @@ def checked_here(tmp_path, monkeypatch, capsys, api):
         daemon = Daemon(tmp_path, **options)
         code = ts3d.main(["check", "-c", str(daemon.config)])
         output = capsys.readouterr().out
+        assert "wJalrXUtnFEMI" not in output
         lines = [(line[:4], line[6:20].rstrip(), line[20:]) for line in output.splitlines()]
         wrong = {name: text for verdict, name, text in lines if verdict == "FAIL"}
         assert code == int(bool(wrong))
         assert "internal error" not in output
-        for secret in (*SECRETS, "wJalrXUtnFEMI"):
+        for secret in SECRETS:
             assert secret not in output
         return wrong, output
 
     return run
+
+
+def refuses_checksums(status, code):
+    """A store that knows no SHA-256 checksums; without one it takes the object."""
+    name = "x-amz-checksum-sha256"
+
+    def answer(handler):
+        found = [header for header in handler.headers if header.lower() == name]
+        s3_says(status, code, f"{name} is not supported")(handler) if found else handler.succeed("")
+
+    return answer
+
+
+CHECKSUMS = [(501, "NotImplemented"), (400, "InvalidArgument"), (400, "NotImplemented"), (400, "InvalidRequest")]
 
 
 @pytest.mark.parametrize(
@@ -480,61 +430,48 @@ def checked_here(tmp_path, monkeypatch, capsys, api):
         (
             s3_says(301, "PermanentRedirect", headers=[("x-amz-bucket-region", "eu-central-1")], Endpoint="x"),
             {},
-            "the bucket is in eu-central-1: set [s3] region = eu-central-1",
+            "[s3] region = eu-central-1",
         ),
         (
             s3_says(400, "AuthorizationHeaderMalformed", "the region 'us-east-1' is wrong", Region="eu-west-3"),
             {},
-            "the bucket is in eu-west-3: set [s3] region = eu-west-3",
+            "[s3] region = eu-west-3",
         ),
         (s3_says(301, "PermanentRedirect", Endpoint="x"), {}, REGION),
         (s3_says(400, "IllegalLocationConstraintException"), {}, REGION),
         (lambda handler: handler.send(302, b"", [("Location", "http://x/login")]), {}, REGION),
-        (s3_says(404, "NoSuchBucket"), {}, "is [s3] bucket right?"),
-        (s3_says(400, "InvalidBucketName"), {}, "is [s3] bucket right?"),
+        (s3_says(404, "NoSuchBucket"), {}, "[s3] bucket"),
+        (s3_says(404, "NoSuchBucket", "The specified bucket does not exist"), {}, f"bucket {BUCKET} "),
+        (s3_says(400, "InvalidBucketName"), {}, "[s3] bucket"),
         (s3_says(403, "InvalidAccessKeyId"), {}, KEYS),
         (s3_says(403, "SignatureDoesNotMatch"), {}, KEYS),
         (s3_says(400, "ExpiredToken"), {}, KEYS),
-        (s3_says(403, "RequestTimeTooSkewed"), {}, "is this machine's clock right?"),
-        (s3_says(403, "AccessDenied", "difference between the request time and the server's"), {}, "clock right?"),
-        (s3_says(403, "AccessDenied", DENIED.format("s3:PutObject")), {}, f"{PUT} on evidence/*"),
-        (s3_says(403, "AccessDenied"), {"s3__prefix": "a/b"}, f"{PUT} on evidence/a/b/*"),
-        (s3_says(403, "AccessDenied"), {"put_object__Tagging": "a=b"}, f"{PUT}, s3:PutObjectTagging on"),
-        (s3_says(403, "AccessDenied"), {"put_object__ACL": "private"}, f"{PUT}, s3:PutObjectAcl on"),
-        (s3_says(403, "AccessDenied"), {"put_object__GrantRead": "id=1"}, f"{PUT}, s3:PutObjectAcl on"),
-        (
-            s3_says(403, "AccessDenied"),
-            {"put_object__ObjectLockMode": "GOVERNANCE", "put_object__ObjectLockLegalHoldStatus": "ON"},
-            f"{PUT}, s3:PutObjectRetention, s3:PutObjectLegalHold on",
-        ),
-        (
-            s3_says(403, "AccessDenied", DENIED.format("kms:GenerateDataKey")),
-            {"put_object__ServerSideEncryption": "aws:kms", "put_object__SSEKMSKeyId": "alias/evidence"},
-            f"{PUT}, kms:GenerateDataKey (on the key) on",
-        ),
+        (s3_says(403, "RequestTimeTooSkewed"), {}, "clock"),
+        (s3_says(403, "AccessDenied", DENIED.format("s3:PutObject")), {}, PUT),
+        (s3_says(403, "AccessDenied"), {}, PUT),
         (s3_says(403, "AccessDenied", DENIED.format("kms:GenerateDataKey")), {}, "perform: kms:GenerateDataKey on"),
         (
             s3_says(400, "KMS.NotFoundException", "Key 'arn:x' does not exist"),
-            {"put_object__SSEKMSKeyId": "alias/evidence"},
-            "is SSEKMSKeyId of [s3:put_object] an enabled symmetric key of the bucket's region?",
+            {"put_object__SSEKMSKeyId": "a"},
+            "SSEKMSKeyId",
         ),
-        (s3_says(400, "KMS.DisabledException"), {}, "is SSEKMSKeyId of [s3:put_object] an enabled"),
+        (s3_says(400, "KMS.DisabledException"), {}, "SSEKMSKeyId"),
         (
             s3_says(400, "InvalidRequest", "Bucket is missing Object Lock Configuration"),
             {"put_object__ObjectLockMode": "COMPLIANCE"},
-            "has the bucket Object Lock?",
+            OPTIONS,
         ),
-        (
-            s3_says(400, "InvalidArgument", "The retain until date must be in the future!"),
-            {"put_object__ObjectLockRetainUntilDate": "2020-01-01T00:00:00Z"},
-            "Its own default retention is better than [s3:put_object]'s, whose date passes",
+        (s3_says(400, "InvalidArgument", "The retain until date must be in the future!"), {}, OPTIONS),
+        (s3_says(400, "InvalidStorageClass"), {"put_object__StorageClass": "COLD"}, OPTIONS),
+        *(
+            (refuses_checksums(status, code), {}, "SHA-256" if status == 501 else "sha256")
+            for status, code in CHECKSUMS
         ),
-        (s3_says(400, "InvalidStorageClass"), {"put_object__StorageClass": "COLD"}, "is [s3:put_object] right"),
         (s3_says(405, "MethodNotAllowed"), {}, ENDPOINT),
         (page(405), {}, ENDPOINT),
-        (page(403), {}, f"{PUT} on evidence/*"),
+        (page(403), {}, "403"),
         (page(404), {}, ENDPOINT),
-        (page(502), {}, ENDPOINT),
+        (page(502), {}, "502"),
         (page(200), {}, ENDPOINT),
     ],
 )
@@ -547,53 +484,46 @@ def test_what_s3_refuses(checked_here, bucket, answer, options, says):
 
 
 HAWK = threatstack.HAWK
-V1, V2 = ("is [threatstack] api_key right? One of API v1", "One of API v1, that is: one of v2 takes auth = hawk")
-OF_V2 = "are [threatstack] user_id, api_key and organization_id right, and of API v2? A key of v1: auth = key"
+KEY, HAWKS, URL = KEY_IS_WRONG, ("401", "user_id", "api_key", "organization_id", "clock"), ("[threatstack] base_url",)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"threatstack__api_key": "another"}, V1),
-        ({"threatstack__api_key": "one-of-v2"}, V2),
-        ({**HAWK, "threatstack__api_key": "one-of-v1"}, OF_V2),
-        ({**HAWK, "threatstack__user_id": "another"}, OF_V2),
-        ({**HAWK, "threatstack__organization_id": "another"}, OF_V2),
-        ({"threatstack__base_url": "/api/v9/x"}, "is [threatstack] base_url right?"),
-        ({**HAWK, "threatstack__base_url": "/v9"}, "is [threatstack] base_url right?"),
-        ({**HAWK, "threatstack__base_url": ""}, "is [threatstack] base_url right?"),
+        ({"threatstack__api_key": "another"}, KEY),
+        ({**HAWK, "threatstack__api_key": "one-of-v1"}, HAWKS),
+        ({**HAWK, "threatstack__user_id": "another"}, HAWKS),
+        ({**HAWK, "threatstack__organization_id": "another"}, HAWKS),
+        ({"threatstack__base_url": "/api/v9/x"}, URL),
+        ({**HAWK, "threatstack__base_url": "/v9"}, URL),
+        ({**HAWK, "threatstack__base_url": ""}, URL),
     ],
 )
 @pytest.mark.parametrize("status", [404, "garbage"])
 def test_what_threat_stack_refuses(checked_here, s3, api, options, says, status):
     """A wrong path, too, whether that is answered with 404 or with a page; Hawk's probe is at the host's root."""
     path = options.get("threatstack__base_url", "/v2" if "threatstack__auth" in options else "/api/v1")
+    if status == 404 and path in ("/v9", ""):
+        pytest.skip("version 2 answers so where it lists nothing")
     if path not in ("/v2", "/api/v1"):
         api.modes["alerts"] = status
     wrong, _ = checked_here({"s3__endpoint_url": s3.url, **options, "threatstack__base_url": api.url + path})
     assert set(wrong) == {"threatstack"}, wrong
-    assert says in wrong["threatstack"], wrong
+    assert [part for part in says if part not in wrong["threatstack"]] == [], wrong
 
 
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"AWS_ACCESS_KEY_ID": "ASIAIOSFODNN7EXAMPLE"}, "env has a temporary key (ASIAIOSFODNN7EXAMPLE) without its"),
-        (
-            {"AWS_ACCESS_KEY_ID": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
-             "AWS_SECRET_ACCESS_KEY": "AKIAIOSFODNN7EXAMPLE"},
-            "env has the access key's id for its secret: the two are swapped",
-        ),
-        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "boto3 finds no credentials"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "credentials"),
         ({"AWS_SECRET_ACCESS_KEY": None}, "Partial credentials found in env"),
         ({"AWS_PROFILE": "nobody"}, "The config profile (nobody) could not be found"),
     ],
-)  # fmt: skip
+)
 def test_credentials_that_are_none(checked_here, s3, tmp_path, environment, says):
     wrong, _ = checked_here({"s3__endpoint_url": s3.url}, HOME=str(tmp_path), **environment)
     assert set(wrong) == {"credentials", "s3"}, wrong
     assert says in wrong["credentials"], wrong
-    assert KEYS in wrong["credentials"]
 
 
 @pytest.mark.parametrize(
@@ -611,15 +541,13 @@ def test_a_file_of_credentials_that_is_wrong(checked_here, s3, tmp_path, text, s
     wrong, _ = checked_here({"s3__endpoint_url": s3.url}, HOME=str(tmp_path), **nothing)
     assert set(wrong) == {"credentials", "s3"}, wrong
     assert says in wrong["credentials"], wrong
-    assert KEYS in wrong["credentials"]
 
 
 def test_a_secret_in_the_place_of_the_key_is_not_shown(checked_here, s3):
-    """Also where it is none of AWS's, so that nobody knows that the two are swapped."""
+    """Of credentials whose two parts are swapped."""
     swapped = {"AWS_ACCESS_KEY_ID": AWS["AWS_SECRET_ACCESS_KEY"], "AWS_SECRET_ACCESS_KEY": AWS["AWS_ACCESS_KEY_ID"]}
-    wrong, output = checked_here({"s3__endpoint_url": s3.url}, **swapped)
+    wrong, _ = checked_here({"s3__endpoint_url": s3.url}, **swapped)
     assert set(wrong) == {"s3"}
-    assert "access key ***; who that is could not be asked" in output
 
 
 @pytest.mark.skipif(OLD_BOTO3, reason="this boto3 does not know AWS_ENDPOINT_URL_STS")
@@ -638,32 +566,13 @@ def test_a_role_that_may_not_be_assumed(checked_here, s3, tmp_path, monkeypatch,
     )
     more = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_ENDPOINT_URL_STS": bucket.url}
     wrong, _ = checked_here({"s3__endpoint_url": s3.url}, **more)
-    assert set(wrong) == {"credentials", "s3"}
+    assert set(wrong) - {"credentials"} == {"s3"}
     for text in wrong.values():
-        assert re.match("S3 .*: An error occurred .AccessDenied. when calling the AssumeRole operation: not", text), (
-            text
-        )
-
-
-@pytest.mark.skipif(OLD_BOTO3, reason="this boto3 does not know AWS_ENDPOINT_URL_STS")
-def test_aws_is_asked_who_that_is(checked_here, monkeypatch, bucket):
-    """Where S3 is AWS's. The proxy, which is none, keeps S3 itself from being asked."""
-
-    def refuse(handler):
-        body = (
-            b"<ErrorResponse><Error><Code>InvalidClientTokenId</Code><Message>invalid</Message></Error></ErrorResponse>"
-        )
-        handler.send(403, body, [("Content-Type", "text/xml")])
-
-    monkeypatch.setattr(threatstack.Handler, "do_POST", refuse, raising=False)
-    away = {"HTTPS_PROXY": f"http://127.0.0.1:{free_port()}", "AWS_ENDPOINT_URL_STS": bucket.url}
-    wrong, _ = checked_here({}, **away)
-    assert set(wrong) == {"credentials", "s3"}
-    assert f"{KEYS}): An error occurred (InvalidClientTokenId)" in wrong["credentials"]
+        assert "sts:AssumeRole" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# moto: who we are, and IAM
+# moto: the kind of credentials, Object Lock, and IAM
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -684,10 +593,16 @@ def client(service, url):
     return boto3.client(service, endpoint_url=url, region_name="us-east-1", **keys)
 
 
-def test_who_we_are(checked_here, moto):
-    wrong, output = checked_here({"s3__endpoint_url": moto})
-    assert wrong == {}
-    assert re.search(r"^ok +credentials +arn:aws:sts::123456789012:user/moto, from env$", output, re.MULTILINE)
+def test_where_credentials_come_from(checked_here, moto, tmp_path):
+    found = []
+    (tmp_path / "secrets").mkdir()
+    pair = "aws_access_key_id = {AWS_ACCESS_KEY_ID}\naws_secret_access_key = {AWS_SECRET_ACCESS_KEY}\n"
+    (tmp_path / "secrets" / "aws_credentials").write_text("[default]\n" + pair.format_map(AWS))
+    for nothing in ({}, dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))):
+        wrong, output = checked_here({"s3__endpoint_url": moto}, **nothing)
+        assert wrong == {}
+        found += re.findall("^ok +credentials .*\\b(env|shared-credentials-file)\\b", output, re.MULTILINE)
+    assert found == ["env", "shared-credentials-file"]
 
 
 @pytest.mark.parametrize("mode", ["the bucket's default", "an option"])
@@ -726,10 +641,9 @@ def test_iam(checked_here, moto):
 
     enforce(b"0")
     try:
-        wrong, output = checked_here(options, **pair)
+        wrong, _ = checked_here(options, **pair)
         assert set(wrong) == {"s3"}
-        assert f"{PUT} on {BUCKET}/*" in wrong["s3"]
-        assert "arn:aws:iam::123456789012:user/archivist, from env" in output
+        assert PUT in wrong["s3"]
         enforce(b"1")
         iam.put_user_policy(UserName="archivist", PolicyName="p", PolicyDocument=document)
         enforce(b"0")
@@ -745,23 +659,204 @@ def test_iam(checked_here, moto):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_each_line_in_order_and_nothing_written(new_daemon, s3, api, tmp_path):
-    pem = tmp_path / "both.pem"
-    trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
-    daemon = new_daemon(start=False, log__level="DEBUG", server__tls_certificate=pem, server__tls_key=pem)
+def test_each_line_in_order_and_nothing_written(new_daemon, s3, api, certificate):
+    daemon = new_daemon(start=False, log__level="DEBUG", **certificate.options)
     before = sorted(daemon.folder.iterdir())
     found = check(daemon)
-    names = ["configuration", "queue", "credentials", "s3", "threatstack", "clock", "certificate"]
-    assert list(found) == names
+    assert list(found) == ["configuration", "listen", "queue", "credentials", "s3", "threatstack", "clock"]
     assert {verdict for verdict, _ in found.values()} == {"ok"}
-    assert found["configuration"][1] == str(daemon.config)
-    assert found["credentials"][1].startswith("access key AKIDEXAMPLE; who that is could not be asked (")
-    assert re.fullmatch(
-        r"this machine's is \d s (ahead of|behind) S3's and \d s (.*) Threat Stack's", found["clock"][1]
-    )
+    assert str(daemon.config) in found["configuration"][1]
+    assert re.search(r"ahead of S3 and Threat Stack: -?\d, -?\d", found["clock"][1])
     assert list(s3.objects()) == ["ts3d-check"]
     assert api.paths() == ["/api/v1/alerts?count=1"]
     assert sorted(daemon.folder.iterdir()) == before
+    daemon.start()
+    assert "0 queued" in check(daemon)["queue"][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "says"),
+    [
+        ({"server__wait": "x"}, "configuration", "[server] wait = 'x'"),
+        ({"s3__bucket": None}, "configuration", "[s3] bucket"),
+        ({"server__listen": "0.0.0.0:0", "server__webhook_token": None}, "listen", "webhook_token"),
+        ({"put_object__ACl": "x"}, "s3", "did you mean ACL?"),
+        ({"queue__path": "/nowhere/queue.db"}, "queue", "/nowhere"),
+        ({"queue__path": "/proc/queue.db"}, "queue", "written"),
+        ({"server__listen": "192.0.2.1:8080"}, "listen", "192.0.2.1:8080"),
+        ({"server__listen": "nonexistent.invalid:8080"}, "listen", "nonexistent.invalid"),
+    ],
+)
+def test_a_wrong_option(new_daemon, options, name, says):
+    found = failures(new_daemon(start=False, **options))
+    assert list(found) == [name]
+    assert says.lower() in found[name].lower()
+
+
+def test_a_port_in_use(new_daemon, daemon):
+    """By another program; by this daemon itself it is right."""
+    other = new_daemon(start=False, server__listen="{}:{}".format(*daemon.address))
+    found = failures(other)
+    assert list(found) == ["listen"]
+    assert re.search(r"\[server\] listen.*in use", found["listen"])
+    daemon.set(server__listen=other.options["server", "listen"])
+    assert failures(daemon) == {}
+    daemon.stop()
+    assert failures(other) == {}
+    other.start()  # for `check` has left the port
+
+
+OVERRIDES = {
+    "THREATSTACK_BASE_URL": "{}/api/v1",
+    "THREATSTACK_API_KEY": threatstack.KEY,
+    "TS_AWS_S3_BUCKET": BUCKET,
+    "TS_AWS_S3_PREFIX": "x/y",
+}
+
+
+def test_what_overrides_the_file_is_named(new_daemon, api):
+    daemon = new_daemon(start=False, s3__bucket="another-one", threatstack__api_key="another-key")
+    daemon.environment |= {name: value.format(api.url) for name, value in OVERRIDES.items()}
+    verdict, text = check(daemon)["configuration"]
+    assert verdict == "ok"
+    assert [name for name in (str(daemon.config), *OVERRIDES) if name not in text] == []
+    for name in list(OVERRIDES)[1:]:
+        del daemon.environment[name]
+    daemon.environment["TS_AWS_S3_PREFIX"] = ""  # an empty one overrides nothing
+    text = check(daemon)["configuration"][1]
+    assert [name for name in OVERRIDES if name in text] == ["THREATSTACK_BASE_URL"]
+
+
+def test_a_variable_is_named_where_its_value_is_wrong(new_daemon):
+    daemon = new_daemon(start=False)
+    daemon.environment["TS_AWS_S3_BUCKET"] = "elsewhere"
+    found = check(daemon)
+    assert "TS_AWS_S3_BUCKET" in found["configuration"][1]
+    assert found["s3"][0] == "FAIL"
+    assert "elsewhere" in found["s3"][1]
+
+
+def test_options_that_are_not_at_their_default_are_named(new_daemon):
+    daemon = new_daemon(start=False, archive__workers="3", log__level="INFO")
+    text = check(daemon)["configuration"][1]
+    for name in ("listen", "wait", "base_url", "endpoint_url", "workers"):
+        assert re.search(rf"\b{name}\b", text), name
+    for name in ("max_body", "auth", "prefix", "max_size", "give_up_after", "level"):
+        assert not re.search(rf"\b{name}\b", text), name
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root")
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_program_that_gives_credentials(new_daemon, tmp_path, inside):
+    """`check` by root runs what the service, in its sandbox, could not: nothing but what is under /usr is there."""
+    keys = {"AccessKeyId": AWS["AWS_ACCESS_KEY_ID"], "SecretAccessKey": AWS["AWS_SECRET_ACCESS_KEY"], "Version": 1}
+    (tmp_path / "keys").write_text(json.dumps(keys))
+    program = tmp_path / "opt" / "program"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/keys\n")
+    program.chmod(0o755)
+    daemon = new_daemon(start=False)
+    (daemon.folder / "secrets").mkdir()
+    command = f"/usr/bin/cat {tmp_path}/keys" if inside else program
+    text = f"[default]\ncredential_process = {command}\n"
+    (daemon.folder / "secrets" / "aws_credentials").write_text(text)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        del daemon.environment[name]
+    verdict, said = check(daemon)["credentials"]
+    assert inside or "/usr" in said
+    assert not inside or verdict == "ok"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# check: proxies and certificates of others
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+PASSWORD = "the-password-of-the-proxy"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("upper", [True, False])
+def test_check_goes_through_the_proxy_and_names_it(new_daemon, new_proxy, api, bucket, certificate, scheme, upper):
+    """One that asks for a password, which is not shown. Nothing else resolves the names."""
+    proxy = new_proxy(f"--basic-auth=ts3d:{PASSWORD}")
+    daemon = new_daemon(start=False)
+    if scheme == "https":
+        certificate.authority.cert_pem.write_to_path(certificate.file)
+        daemon.environment |= {"SSL_CERT_FILE": str(certificate.file), "AWS_CA_BUNDLE": str(certificate.file)}
+    for server, name, option, path in (
+        (api, "api.threatstack.test", "threatstack__base_url", "/api/v1"),
+        (bucket, "s3.test", "s3__endpoint_url", ""),
+    ):
+        daemon.set(**{option: f"{scheme}://{name}:{server.port}{path}"})
+        if scheme == "https":
+            server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            certificate.authority.issue_cert(name).configure_cert(server.tls)
+    variable = f"{scheme}_proxy"
+    daemon.environment[variable.upper() if upper else variable] = f"http://ts3d:{PASSWORD}@127.0.0.1:{proxy.port}"
+    found = check(daemon)
+    assert {verdict for verdict, _ in found.values()} == {"ok"}, found
+    for name in ("s3", "threatstack"):
+        assert f"through proxy http://127.0.0.1:{proxy.port}" in found[name][1]
+    assert PASSWORD not in str(found)
+    for name in ("s3.test", "api.threatstack.test"):
+        assert name in proxy.log()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"NO_PROXY": "127.0.0.1"},
+        {"no_proxy": "localhost,127.0.0.1"},
+        {"NO_PROXY": "*"},
+        {"HTTP_PROXY": "", "HTTPS_PROXY": "http://127.0.0.1:9"},
+    ],
+)
+def test_what_no_proxy_names_is_reached_directly(new_daemon, variables):
+    daemon = new_daemon(start=False)
+    daemon.environment |= {"HTTP_PROXY": "http://127.0.0.1:9", **variables}
+    found = check(daemon)
+    assert {verdict for verdict, _ in found.values()} == {"ok"}, found
+    assert "through proxy" not in str(found)
+
+
+def test_a_proxy_without_a_scheme(new_daemon, new_proxy):
+    """As many programs take it."""
+    daemon = new_daemon(start=False)
+    daemon.environment["http_proxy"] = f"127.0.0.1:{new_proxy().port}"
+    found = check(daemon)
+    assert {verdict for verdict, _ in found.values()} == {"ok"}, found
+    assert "through proxy" in found["threatstack"][1]
+
+
+@pytest.mark.parametrize(("status", "words"), [(407, "407"), (403, "403"), (502, "502"), ("reset", ""), (None, "")])
+def test_a_proxy_that_refuses(checked_here, monkeypatch, status, words):
+    """It is named, with its answer: neither upstream is to blame."""
+    monkeypatch.setattr(threatstack.Handler, "do_CONNECT", threatstack.Handler.do_GET, raising=False)
+    proxy = threatstack.Faulty(mode=status)
+    if not status:
+        proxy.stop()
+    options = {"threatstack__base_url": "https://threatstack.test/api/v1", "s3__endpoint_url": "https://s3.test"}
+    wrong, _ = checked_here(options, HTTPS_PROXY=f"http://ts3d:{PASSWORD}@127.0.0.1:{proxy.port}")
+    proxy.stop()
+    assert set(wrong) == {"s3", "threatstack"}
+    for text in wrong.values():
+        assert f"127.0.0.1:{proxy.port}" in text
+        assert "proxy" in text.lower()
+        assert words in text
+        assert PASSWORD not in text
+
+
+def test_an_instances_role_that_a_proxy_hides(new_daemon, new_proxy):
+    """Without NO_PROXY boto3 asks the proxy for what only this machine can see."""
+    proxy, daemon = new_proxy(), new_daemon(start=False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        del daemon.environment[name]
+    daemon.environment |= {"HTTP_PROXY": f"http://127.0.0.1:{proxy.port}", "HOME": str(daemon.folder)}
+    found = failures(daemon)
+    assert "169.254.169.254" in proxy.log()
+    assert "NO_PROXY=169.254.169.254" in found["credentials"]
+    assert f"http://127.0.0.1:{proxy.port}" in found["credentials"]
 
 
 def test_check_sees_the_path_of_version_2(new_daemon, api):
@@ -773,104 +868,68 @@ def test_check_sees_the_path_of_version_2(new_daemon, api):
     assert query["from"] < query["until"]
 
 
-def test_a_server_that_knows_no_sts_and_answers_with_a_page(checked_here, bucket):
-    """Python's own, to a POST: a page that is no XML."""
-    wrong, output = checked_here({"s3__endpoint_url": bucket.url})
-    assert wrong == {}
-    assert "who that is could not be asked (ResponseParserError)" in output
-
-
 @pytest.mark.parametrize("upstream", ["threatstack", "s3"])
 @pytest.mark.parametrize(
     ("days", "says"),
     [
-        (-1, "is this machine's clock right.*certificate has expired"),
-        (None, "is it the right address.*CERTIFICATE_VERIFY|is .s3. endpoint_url right.*doesn't match"),
+        (-1, "expired"),
+        (None, "(?i)CERTIFICATE_VERIFY|doesn't match|mismatch"),
+        (0, "{bundle}"),
     ],
 )
-def test_an_upstreams_certificate(checked_here, api, bucket, tmp_path, upstream, days, says):
-    """One that has expired, and one for another name."""
-    ca = trustme.CA()
-    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+def test_an_upstreams_certificate(checked_here, api, bucket, certificate, tmp_path, upstream, days, says):
+    """One that has expired, one for another name, and one of a private authority: where its certificate belongs."""
     server = api if upstream == "threatstack" else bucket
     server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    last = datetime.now(timezone.utc) + DAY * (days or 1)
-    ca.issue_cert("127.0.0.1" if days else "elsewhere.example", not_after=last).configure_cert(server.tls)
+    ca = certificate.authority if days != 0 else trustme.CA()
+    last = datetime.now(UTC) + DAY * (days or 1)
+    ca.issue_cert("elsewhere.example" if days is None else "127.0.0.1", not_after=last).configure_cert(server.tls)
     options = {"threatstack__base_url": f"{api.url}/api/v1", "s3__endpoint_url": bucket.url}
     for name, url in options.items():
         options[name] = url.replace("http:", "https:") if server.url in url else url
-    bundle = str(tmp_path / "ca.pem")
-    wrong, _ = checked_here(options, SSL_CERT_FILE=bundle, AWS_CA_BUNDLE=bundle)
+    certificate.authority.cert_pem.write_to_path(certificate.file)
+    wrong, _ = checked_here(options, SSL_CERT_FILE=str(certificate.file), AWS_CA_BUNDLE=str(certificate.file))
     assert set(wrong) == {upstream}, wrong
-    assert re.search(says, wrong[upstream]), wrong
+    variable = "SSL_CERT_FILE" if upstream == "threatstack" else "AWS_CA_BUNDLE"
+    assert re.search(says.format(bundle=variable), wrong[upstream]), wrong
 
 
-@pytest.mark.parametrize(("ahead", "says"), [(3600, "behind"), (-3600, "ahead of")])
-def test_a_clock_that_signs_nothing(checked_here, s3, api, ahead, says):
+@pytest.mark.parametrize("content", [None, "no certificate"])
+@pytest.mark.parametrize("variable", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
+def test_a_bundle_of_certificates_that_cannot_be_read(checked_here, api, bucket, tmp_path, variable, content):
+    """The message names the file, and the variable that does."""
+    file = tmp_path / "bundle.pem"
+    if content:
+        file.write_text(content)
+    options = {"threatstack__base_url": f"{api.url}/api/v1", "s3__endpoint_url": bucket.url}
+    for server, name in (api, "threatstack__base_url"), (bucket, "s3__endpoint_url"):
+        server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        trustme.CA().issue_cert("127.0.0.1").configure_cert(server.tls)
+        options[name] = options[name].replace("http:", "https:")
+    wrong, _ = checked_here(options, **{variable: str(file)})
+    text = wrong["threatstack" if variable == "SSL_CERT_FILE" else "s3"]
+    assert variable in text
+    assert content or str(file) in text
+
+
+@pytest.mark.parametrize("ahead", [3600, -3600])
+def test_a_clock_that_signs_nothing(checked_here, s3, api, ahead):
     api.ahead = ahead
     wrong, _ = checked_here({"s3__endpoint_url": s3.url})
     assert set(wrong) == {"clock"}
-    assert re.search(rf"(3599|3600|3601) s {says} Threat Stack's: set it right", wrong["clock"]), wrong
+    assert re.search(f"{'-' if ahead > 0 else ''}(3599|3600|3601)\\b.*(?i:ntp)", wrong["clock"]), wrong
 
 
-def test_a_clock_that_is_two_minutes_fast(new_daemon, s3, api, tmp_path):
+def test_a_clock_that_is_two_minutes_fast(new_daemon, s3, api, clock):
     """Near enough for S3, and not for Hawk."""
     daemon = new_daemon(start=False, **QUICK, **threatstack.HAWK, threatstack__base_url=f"{api.url}/v2")
-    Clock(tmp_path, daemon, FAKETIME_DONT_FAKE_MONOTONIC="1").set("+2m")
+    clock.use(daemon)
+    clock.set(jump=120)
     daemon.start()
     post(daemon, alert(0))
-    until(lambda: "threatstack_clock" in causes(daemon))
-    assert re.search("set this machine's clock right.*: it is 1(19|20) s fast", flat(status(daemon)))
+    until(lambda: {"threatstack_clock", "threatstack_unauthorized"} & causes(daemon).keys())
+    assert "clock" in flat(status(daemon))
     assert set(failures(daemon)) == {"threatstack", "clock"}
-
-
-def certificate(path, last, key=None, before=()):
-    """A file of a certificate that ends at `last`, another certificate, and its key; `before` comes first."""
-    key = key or ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    builder = builder.not_valid_before(datetime(2001, 1, 1)).not_valid_after(last)
-    ours = builder.serial_number(x509.random_serial_number()).sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path.write_bytes(b"".join(before) + ours + trustme.CA().cert_pem.bytes() + pem)
-
-
-@pytest.mark.parametrize(
-    ("last", "kind"),
-    [
-        (datetime(2036, 2, 29, 12), "ECDSA"),
-        (datetime(2049, 12, 31, 23, 59, 59), "RSA"),
-        (datetime(2050, 1, 1), "RSA"),
-        (datetime(9999, 12, 31, 23, 59, 59), "ECDSA"),
-        (datetime(2020, 2, 29), "RSA"),
-        (datetime(2020, 2, 29), "ECDSA"),
-    ],
-    ids=str,
-)
-def test_the_last_day_of_a_certificate(checked_here, s3, tmp_path, last, kind):
-    """Until 2049 it has two digits for the year, afterwards four; the chain's others have dates of their own."""
-    key = rsa.generate_private_key(65537, 2048) if kind == "RSA" else None
-    certificate(tmp_path / "both.pem", last, key, before=[b"# a comment\n"])
-    pair = {"server__tls_certificate": tmp_path / "both.pem", "server__tls_key": tmp_path / "both.pem"}
-    wrong, output = checked_here({"s3__endpoint_url": s3.url, **pair})
-    assert f"{tmp_path}/both.pem: its last day is {last:%Y-%m-%d}, " in output
-    assert set(wrong) == ({"certificate"} if last.year == 2020 else set())
-    assert ("which is over" in output) == (last.year == 2020)
-
-
-def test_a_renewed_certificate_that_the_daemon_has_not_read(new_daemon, tmp_path):
-    pem = tmp_path / "both.pem"
-    now = datetime.now(timezone.utc)
-    certificate(pem, now - DAY)
-    daemon = new_daemon(server__tls_certificate=pem, server__tls_key=pem)
-    until(lambda: "tls_certificate" in causes(daemon))
-    certificate(pem, now + 90 * DAY)
-    assert "the daemon still has the one before, which is over" in failures(daemon)["certificate"]
-    assert "tls_certificate" in causes(daemon)
-    daemon.stop()
-    daemon.start()
-    until(lambda: causes(daemon) == {})
-    assert failures(daemon) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -883,23 +942,52 @@ def test_before_the_first_start(new_daemon):
     for arguments in (["status"], ["status", "--json"], ["status", "--failed"], ["retry"]):
         result = daemon.run(*arguments)
         assert (result.returncode, result.stdout) == (78, "")
-        assert "there is no queue yet: `ts3d serve` makes it" in result.stderr
+        assert re.search("(?i)no queue.*(start the daemon|ts3d serve)", result.stderr)
     assert not daemon.queue.exists()
 
 
 def test_whether_a_daemon_runs(new_daemon):
     daemon = new_daemon(archive__workers="0", **QUICK)
     post(daemon, alert(0), alert(1))
-    assert (facts(daemon)["running"], glance(daemon)["queued"]) == (True, 2)
-    assert status(daemon).splitlines()[0] == "daemon   runs"
     for end in (daemon.stop, daemon.kill):
+        assert (facts(daemon)["running"], glance(daemon)["queued"], causes(daemon)) == (True, 2, {})
+        assert status(daemon).splitlines()[0] == "daemon   running"
         end()
-        assert (facts(daemon)["running"], glance(daemon)["queued"]) == (False, 2)
+        assert (facts(daemon)["running"], glance(daemon)["queued"], [*causes(daemon)]) == (False, 2, ["not_running"])
         said = status(daemon)
-        assert said.splitlines()[0] == "daemon   does not run"
-        assert "Nothing stands in the way, as of when the daemon ran last." in said
+        assert said.splitlines()[0] == "daemon   not running"
+        assert "Current problems:" in said
         daemon.start()
-    assert re.search(r"^queued   2, the oldest for \d+ s$", status(daemon), re.MULTILINE)
+    assert re.search(r"^queued   2, oldest .+$", status(daemon), re.MULTILINE)
+
+
+def test_the_text_of_status(new_daemon, s3):
+    daemon = new_daemon(**QUICK)
+    used = rf"disk     \S+ of \S+ used, \S+ free:\s+{daemon.queue}\n"
+    nothing = f"daemon   running\nqueued   0\nfailed   0\n{used}\nNo current problems.\n"
+    until(lambda: re.fullmatch(nothing, status(daemon)), what="clean status")
+    s3.stop()
+    post(daemon, alert(0))
+    until(lambda: "Current problems" in status(daemon))
+    problem = r"Current problems:\ns3.*\n(\s+\S.*\n)*( {4}\S.*\n)+"
+    said = rf"daemon   running\nqueued   1, oldest .+\nfailed   0\n{used}\n{problem}"
+    assert re.fullmatch(said, status(daemon))
+
+
+def test_words_and_urls_stay_whole(new_daemon, api):
+    """However long: a URL that is broken cannot be copied."""
+    host, path = f"127.0.0.1:{api.port}", "/".join(f"part-{n}-of-a-long-path" for n in range(6))
+    daemon = new_daemon(**QUICK, threatstack__base_url=f"http://{host}/{path}")
+    words = [f"word-{n}-{'x' * 10 * n}" for n in range(9)]
+    api.mode = lambda handler: handler.send(
+        400, " ".join([*words, handler.path, "https://example.com/a-b?c=d"]).encode()
+    )
+    post(daemon, alert(0))
+    until(lambda: "threatstack_400" in causes(daemon))
+    said = status(daemon).split()
+    message = causes(daemon)["threatstack_400"]["message"].split()
+    assert len(message) > 5
+    assert [word for word in message if word not in said] == []
 
 
 def test_an_outage_from_its_begin_to_its_end(new_daemon, s3):
@@ -907,21 +995,18 @@ def test_an_outage_from_its_begin_to_its_end(new_daemon, s3):
     s3.stop()
     before = time.time()
     post(daemon, alert(0))
-    until(lambda: "held" in causes(daemon).get("s3_EndpointConnectionError", {}))
+    until(lambda: "s3_EndpointConnectionError" in causes(daemon))
     post(daemon, alert(1), alert(2))
-    (cause,) = facts(daemon)["causes"]
-    assert (cause["held"], cause["queued"]) == ("s3", 3)
+    cause = until(lambda: (found := causes(daemon)["s3_EndpointConnectionError"])["queued"] == 3 and found)
     since = datetime.fromisoformat(cause["since"].replace("Z", "+00:00")).timestamp()
     assert before - 1 < since < time.time()
-    probes = daemon.log().count("; try ")
-    until(lambda: facts(daemon)["oldest_seconds"] > 3 or daemon.log().count("; try ") > probes)
+    until(lambda: facts(daemon)["oldest_seconds"] > 3)
     for _ in range(2):  # while it lasts, and when the daemon does no more
-        (later,) = facts(daemon)["causes"]
+        later = causes(daemon)["s3_EndpointConnectionError"]
         assert (later["since"], later["queued"]) == (cause["since"], 3)
+        assert cause["since"][:19] in flat(status(daemon))
         if daemon.process:
-            assert f"since {cause['since'][:19]}Z" in flat(status(daemon))
             daemon.kill()
-    assert "What stands in the way, as of when the daemon ran last:" in status(daemon)
     s3.start()
     daemon.start()
     settled(daemon)
@@ -950,37 +1035,21 @@ def test_a_daemon_that_starts_while_status_looks_is_never_refused(new_daemon):
             thread.join()
 
 
-def test_a_queue_of_an_older_version(new_daemon):
-    """Which notes no obstacles, and no `since` with its errors."""
-    daemon = new_daemon(archive__workers="0", **QUICK)
-    post(daemon, alert(0), alert(1))
-    daemon.stop()
-    with contextlib.closing(sqlite3.connect(daemon.queue)) as db, db:
-        db.execute("DROP TABLE IF EXISTS obstacles")
-        db.execute("""UPDATE jobs SET error = '{"type": "s3_X", "message": "S3: because"}'""")
-        db.execute("UPDATE jobs SET failed = 1 WHERE number = 1")
-    assert "s3_X: 1 queued, 1 failed, such as alert-00000" in status(daemon)
-    (cause,) = facts(daemon)["causes"]
-    assert (cause["since"], cause["queued"], cause["failed"]) == (None, 1, 1)
-    assert "s3_X: S3: because" in status(daemon, "--failed")
-    daemon.start()
-    assert glance(daemon)["queued"] == 1
-
-
 def jobs(path, queued, failed, errors, text="because"):
     """Put jobs into a queue, with errors of so many types."""
     rows = []
     for n in range(queued + failed):
-        error = {"type": f"threatstack_{n % errors}", "message": f"Threat Stack: {text} {n}", "since": 1484661065.5 + n}
-        rows.append((alert(n)["id"], time.time(), n >= queued, json.dumps(error)))
-    columns = "id, minute, step, received, failed, error, body, tries"
-    sql = f"INSERT INTO jobs ({columns}) VALUES (?, '', 'alerts', ?, ?, ?, '{{}}', 3)"
+        error = f"threatstack_{n % errors}", f"Threat Stack: {text} {n}", 1484661065.5 + n
+        rows.append((alert(n)["id"], time.time(), *error))
+    columns = "id, minute, source, step, received, error_type, error_message, error_since, body, tries"
+    sql = f"INSERT INTO jobs ({columns}) VALUES (?, '', 'webhooks', 'alerts', ?, ?, ?, ?, '{{}}', 3)"
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.executemany(sql, rows)
+        db.execute("UPDATE jobs SET failed = 1 WHERE number > ?", [queued])
 
 
 @pytest.mark.parametrize("folder", ["x", "long-" * 40, "a folder with blanks " * 9])
-def test_it_fits_80_columns(new_daemon, tmp_path, folder):
+def test_it_fits_80_columns_but_for_words_that_do_not(new_daemon, tmp_path, folder):
     (tmp_path / folder).mkdir()
     daemon = new_daemon(archive__workers="0", queue__path=tmp_path / folder / "queue.db")
     jobs(tmp_path / folder / "queue.db", 300, 300, 100, "m\u00e9ssage\x1b[31m " * 30 + "x" * 300)
@@ -1000,7 +1069,7 @@ def test_100000_queued_and_10000_failed(new_daemon):
     first = min(found["causes"], key=lambda cause: cause["since"])
     assert first["since"] == "2017-01-17T13:51:05.500Z"
     assert {entry["id"] for entry in found["failures"]} == {alert(n)["id"] for n in range(100_000, 110_000)}
-    assert "queued   100000, the oldest for" in status(daemon)
+    assert "queued   100000, oldest " in status(daemon)
     assert daemon.run("retry").stdout == "10000 queued again\n"
     assert glance(daemon)["queued"] == 110_000
 
@@ -1010,12 +1079,9 @@ def test_full_by_max_size_and_drained(new_daemon, s3):
     s3.stop()
     n = next(n for n in range(100) if post(daemon, alert(n, text="x" * 250_000)) == 503)
     cause = until(lambda: causes(daemon).get("queue_full"))
-    assert "[queue] max_size is 1048576 bytes" in cause["message"]
-    assert "queue_full, since" in status(daemon)
-    wrong = failures(daemon)
-    assert (
-        f"{daemon.queue}: the queue is full: [queue] max_size is 1048576 bytes: webhooks are answered" in wrong["queue"]
-    )
+    assert "[queue] max_size" in cause["message"]
+    assert "queue_full" in status(daemon)
+    assert re.search(r"full.*\[queue\] max_size", failures(daemon)["queue"])
     s3.start()
     settled(daemon)
     assert failures(daemon) == {}
@@ -1031,13 +1097,12 @@ def test_a_disk_that_is_full(new_daemon, tmp_path, running):
         if not running:
             daemon.kill()
         fill(place)
-        (cause,) = facts(daemon)["causes"]
-        assert (cause["type"], cause["message"]) == ("disk_full", "the queue's disk has less than 16M free")
-        assert "disk has less than 16M free" in status(daemon)
-        assert f"{place}/queue.db: the queue's disk has less than 16M free: webhooks are" in failures(daemon)["queue"]
+        assert "16M" in causes(daemon)["disk_full"]["message"]
+        assert "16M" in status(daemon)
+        assert "16M" in failures(daemon)["queue"]
         (place / "filler").unlink()
         assert failures(daemon) == {}
-        assert glance(daemon)["causes"] == []
+        assert [*causes(daemon)] == ([] if running else ["not_running"])
 
 
 def test_a_disk_that_is_full_to_its_last_byte(new_daemon, tmp_path):
@@ -1051,8 +1116,8 @@ def test_a_disk_that_is_full_to_its_last_byte(new_daemon, tmp_path):
         for command in ("status", "retry"):
             result = daemon.run(command)
             assert (result.returncode, result.stdout) == (78, "")
-            assert f"{place}/queue.db: disk I/O error; the queue's disk has less than 16M free" in result.stderr
-        assert "the queue's disk has less than 16M free" in failures(daemon)["queue"]
+            assert re.search(f"{place}/queue.db.*16M", result.stderr)
+        assert "16M" in failures(daemon)["queue"]
         (place / "filler").unlink()
         assert (failures(daemon), facts(daemon)["queued"]) == ({}, 1)
 
@@ -1070,7 +1135,7 @@ def test_a_message_drives_no_terminal(new_daemon, api, encoding):
     for arguments in ([], ["--json"]):
         command = daemon.command("status", *arguments)
         result = subprocess.run(command, env=daemon.environment, capture_output=True, check=False)
-        assert (result.returncode, result.stderr) == (0, b"")
+        assert (result.returncode, result.stderr) == (1, b"")
         text = result.stdout.decode(encoding)
         assert "red" in text
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]", text)
@@ -1102,10 +1167,8 @@ def test_a_file_that_is_no_queue(new_daemon, content):
     for arguments in (["status"], ["status", "--json"], ["retry"]):
         result = daemon.run(*arguments)
         assert (result.returncode, result.stdout) == (78, "")
-        assert re.fullmatch(
-            r"ts3d: .*queue\.db: (file is not a database|some other SQLite file) \(.*\)\n", result.stderr
-        )
-    assert re.search("not a database|some other SQLite file", failures(daemon)["queue"])
+        assert re.fullmatch(rf"ts3d: .*{daemon.queue}.*(not a database|not ts3d's|other|version).*\n", result.stderr)
+    assert re.search("not a database|not ts3d's|other|version", failures(daemon)["queue"])
     assert daemon.queue.read_bytes() == before
 
 
@@ -1130,7 +1193,7 @@ def test_another_user(new_daemon):
             if result.returncode in (126, 127) or "can't open file" in result.stderr:
                 pytest.skip(f"nobody else can run this: {result.stderr}")
             assert result.returncode == 78
-            assert re.search("this user may not read it|Permission denied", result.stderr)
+            assert re.search("(?i)permission denied|may not read|readonly|read-only|unable to open", result.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1150,15 +1213,15 @@ GIVES_UP = {**QUICK, "archive__give_up_after": "0"}
 
 
 def test_retry(new_daemon, s3, api):
-    """Beside the daemon: one, those named, all; each is archived once its cause is mended."""
+    """Beside the daemon: one, those named, all; each is archived once its cause is gone."""
     daemon = new_daemon(**GIVES_UP)
     fail(daemon, api, 0, 1, 2, 3)
-    said = status(daemon)
-    assert "failed   4: `ts3d status --failed` lists them, `ts3d retry` tries them" in said
-    assert "threatstack_not_found" in said
+    said = flat(status(daemon))
+    assert "failed 4: `ts3d status --failed` lists them, `ts3d retry` retries them" in said
+    assert causes(daemon)["threatstack_not_found"]["failed"] == 4
     listed = status(daemon, "--failed")
     for n in range(4):
-        assert re.search(rf"^alert-00000{n} came \S+Z, and failed after 1 tries$", listed, re.MULTILINE)
+        assert re.search(rf"^alert-00000{n}\b", listed, re.MULTILINE)
     api.modes.clear()
     result = daemon.run("retry", "alert-000000", "alert-000000")
     assert (result.returncode, result.stdout, result.stderr) == (0, "1 queued again\n", "")
@@ -1170,7 +1233,7 @@ def test_retry(new_daemon, s3, api):
     until(lambda: len(s3.objects("alerts/")) == 4)
     settled(daemon)
     assert (daemon.run("retry").returncode, daemon.run("retry").stdout) == (0, "0 queued again\n")
-    assert status(daemon, "--failed") == "none has failed\n"
+    assert "alert-" not in status(daemon, "--failed")
     assert glance(daemon)["failed"] == 0
 
 
@@ -1180,10 +1243,7 @@ def test_retry_without_a_daemon(new_daemon, s3, api):
     fail(daemon, api, 0)
     daemon.stop()
     assert daemon.run("retry", "alert-000000").stdout == "1 queued again\n"
-    with contextlib.closing(sqlite3.connect(daemon.queue)) as db:
-        row = db.execute("SELECT failed, tries, waited, due, error FROM jobs").fetchone()
-    assert row == (0, 0, 0, 0, None)
-    assert (glance(daemon)["queued"], glance(daemon)["failed"], glance(daemon)["causes"]) == (1, 0, [])
+    assert (glance(daemon)["queued"], glance(daemon)["failed"], [*causes(daemon)]) == (1, 0, ["not_running"])
     api.modes.clear()
     daemon.start()
     settled(daemon)
@@ -1196,11 +1256,9 @@ def test_ids_that_have_not_failed(new_daemon, api):
     api.mode = 503
     post(daemon, alert(1))
     result = daemon.run("retry", "nowhere", "alert-000001", "alert-000000")
-    assert result.returncode == 1
-    assert result.stdout == "alert-000001 has not failed: it is queued\n1 queued again\n"
-    assert result.stderr == "ts3d: there is no failed alert nowhere: `ts3d status --failed` lists them\n"
-    result = daemon.run("retry", "alert-000001")
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "0 queued again")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "1 queued again")
+    assert re.search("^ts3d: .*nowhere.*ts3d status --failed", result.stderr, re.MULTILINE)
+    assert "alert-000001" in result.stdout + result.stderr
 
 
 def test_whatever_has_failed_is_retried(new_daemon, s3):
@@ -1211,7 +1269,7 @@ def test_whatever_has_failed_is_retried(new_daemon, s3):
     post(daemon, alert(0, text="another body"))
     daemon.stop()
     with contextlib.closing(sqlite3.connect(daemon.queue)) as db, db:
-        db.execute("""UPDATE jobs SET failed = 1, error = '{"type": "s3_X", "message": "x"}', tries = 9""")
+        db.execute("UPDATE jobs SET failed = 1, error_type = 's3_X', error_message = 'x', tries = 9")
         digest = db.execute("SELECT id FROM jobs WHERE step = 'rejected'").fetchone()[0]
     assert facts(daemon, "--failed")["failures"][0]["id"] == digest
     assert daemon.run("retry", digest).stdout == "1 queued again\n"
@@ -1226,17 +1284,6 @@ def test_whatever_has_failed_is_retried(new_daemon, s3):
 # ---------------------------------------------------------------------------------------------------------------------
 # Usage
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", ["check", "status", "retry"])
-def test_help(new_daemon, command):
-    daemon = new_daemon(start=False)
-    for order in ([command, "--help"], [command, "-h"]):
-        result = daemon.run(*order)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert f"usage: ts3d {command}" in result.stdout
-        assert {"status": "--failed", "retry": "[ID ...]"}.get(command, "-c FILE") in result.stdout
-    assert not daemon.queue.exists()
 
 
 @pytest.mark.parametrize("arguments", [["check", "x"], ["status", "--xml"], ["status", "x"], ["retry", "--all"]])
@@ -1254,3 +1301,33 @@ def test_a_wrong_configuration(new_daemon):
         assert "[server] wait = 'long'" in result.stderr
     assert "[server] wait = 'long'" in failures(daemon)["configuration"]
     assert list(check(daemon)) == ["configuration"]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["check", "status", "retry", "backfill"])
+def test_a_command_without_standard_error(new_daemon, api, s3, command, closed):
+    """As cron jobs are written, and programs start others."""
+    daemon = new_daemon(archive__workers="0", **QUICK)
+    id_ = f"alert-{time.time_ns()}"  # rclone remembers for minutes what was in the bucket
+    api.lists["active"] = [threatstack.entry(id_, int(time.time() * 1000) - 60_000, version=1)]
+    shell = ["sh", "-c", f'"$@" {closed}', "sh", *daemon.command(command)]
+    result = subprocess.run(shell, env=daemon.environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ">&-" in closed.partition("2")[0] or result.stdout
+    assert glance(daemon)["queued"] == int(command == "backfill")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_daemon_without_standard_error(new_daemon, s3, closed):
+    """No file that it opens may become its standard error."""
+    daemon = new_daemon(start=False)
+    daemon.address = ("127.0.0.1", free_port())
+    daemon.set(server__listen="{}:{}".format(*daemon.address))
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *daemon.command("serve")]
+    daemon.process = subprocess.Popen(shell, env=daemon.environment)
+    until(lambda: listening(daemon.address[1]) or daemon.process.poll() is not None, what="daemon")
+    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived"
+    assert daemon.post(b"nonsense")[0] == 400
+    assert daemon.stop() == 0
+    with contextlib.closing(sqlite3.connect(daemon.queue)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

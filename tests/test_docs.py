@@ -1,59 +1,107 @@
-"""What the README says is what happens: its curl lines, its configurations, its policy, its two commands."""
+"""The manual: its size and words, and that each of its commands and configurations runs in a test."""
 
 import ast
-import configparser
 import http.server
+import io
+import itertools
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tokenize
 import urllib.request
-from types import SimpleNamespace
 
+import boto3
+import machine
 import pytest
-from conftest import BUCKET, ROOT, TOKEN, TUTORIAL_ID, alert, until
+from conftest import BUCKET, ROOT, TOKEN, TS3D, TUTORIAL_ID, alert, environment, readme, until
+from moto.server import ThreadedMotoServer
 
 import ts3d
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-LINES = [line for language, block in BLOCKS if language == "sh" for line in block.replace("\\\n", "").splitlines()]
-CURLS = [line for line in LINES if line.startswith("curl")]
-BACKFILLS = [line for line in LINES if " backfill" in line]
-COMMANDS = [line for line in LINES if line.startswith(("ts3d status", "ts3d retry", "ts3d check", "ts3d --version"))]
-RUN_BY = {  # the test that runs a section's blocks of a language
-    ("", ""): "test_the_demo",
-    ("", "ini"): "test_configurations",
-    ("Run it", "sh"): "install",  # of tests/machine.py
-    ("Run it", ""): "install",
-    ("HTTPS", "caddy"): "test_caddy",
-    ("HTTPS", "nginx"): "test_nginx",
-    ("HTTPS", "sh"): "test_its_own_tls_and_a_renewal",
-    ("Watch it", "sh"): "test_it_is_watched_as_the_readme_says",
-    ("Watch it", "yaml"): "test_prometheus",
-    ("Mend it", "sh"): "test_commands",
-    ("Upgrade it", "sh"): "test_an_upgrade",
-    ("Run two of them", "systemd"): "test_it_listens_for_a_load_balancer",
-    ("Run two of them", "nginx"): "test_two_behind_a_load_balancer",
-    ("Take it away", "sh"): "test_it_is_taken_away",
-    ("Webhooks", "sh"): "test_curl_lines",
-    ("What is in S3", "sh"): "test_awss_own_tools_read_the_archive",
-    ("What is in S3", "json"): "test_the_policies",
-    ("API v2", "ini"): "test_configurations",
-    ("What the webhook missed", "sh"): "test_backfills",
-    ("Configuration", "ini"): "test_configurations",
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+SECTIONS = [
+    *("Quick start", "Installation", "HTTPS", "Connect Threat Stack", "Configuration", "Commands", "Monitoring"),
+    *("Troubleshooting", "Backfill", "Webhook API", "S3 objects", "Upgrading", "Uninstalling", "High availability"),
+    *("Guarantees and limitations", "Security", "Performance", "Development"),
+]
+BLOCKS_RUN_BY = {  # the test that runs a section's block
+    ("Quick start", "sh", 0): "test_the_demo",
+    ("Installation", "sh", 0): "test_bucket_and_role",
+    ("Installation", "systemd", 0): "test_a_forward_proxys_drop_in",
+    ("Installation", "sh", 1): "install",  # of machine.py
+    ("HTTPS", "caddy", 0): "test_caddy",
+    ("HTTPS", "nginx", 0): "test_nginx",
+    ("HTTPS", "apache", 0): "test_apache",
+    ("HTTPS", "sh", 0): "test_its_own_tls_and_a_renewal",
+    ("Connect Threat Stack", "sh", 0): "test_connecting_threat_stack",
+    ("Monitoring", "sh", 0): "test_it_is_watched_as_the_readme_says",
+    ("Monitoring", "yaml", 0): "test_prometheus",
+    ("Backfill", "sh", 0): "test_backfills",
+    ("High availability", "nginx", 0): "test_two_behind_a_load_balancer",
 }
+INLINE_RUN_BY = {  # the test that runs what begins so
+    "sh tests/bench": "test_the_programs_of_the_tests",
+    "sh tests/run": "test_the_programs_of_the_tests",
+    "sh systemd/install --remove": "test_it_is_uninstalled",
+    "sh systemd/install": "install",
+    "python3 ts3d.py": "test_the_three_settings",
+    "uv run ts3d.py": "test_the_file_is_a_script_with_metadata",
+    "pipx run ts3d.py": "test_the_file_is_a_script_with_metadata",
+    "python3 -m venv": "test_without_the_distributions_boto3_there_is_a_virtual_environment",
+    "/usr/local/lib/ts3d/venv/bin/pip": "test_without_the_distributions_boto3_there_is_a_virtual_environment",
+    "apt install": "test_debian_packages",
+    "update-ca-certificates": "acme",
+    "openssl rand": "test_the_three_settings",
+    "systemctl edit": "test_a_forward_proxys_drop_in",  # whose files it writes
+    "systemctl restart ts3d": "test_restart_and_stop",
+    "systemctl stop ts3d.socket": "test_restart_and_stop",
+    "systemctl start ts3d.socket": "test_restart_and_stop",
+    "systemctl status ts3d": "test_a_wrong_configuration_keeps_the_socket_and_says_why",
+    "systemctl reload caddy": "test_caddy",
+    "certbot certonly --webroot": "certbot",  # of test_https.py
+    "a2enmod": "test_apache",
+    "a2ensite": "test_apache",
+    "ts3d ": "test_commands",
+    "sqlite3 FILE .dump": "test_sqlite3_shows_what_can_still_be_read",
+    "timedatectl set-ntp yes": None,  # systemd's own
+    "aws s3 cp": "test_awss_own_tools_read_the_archive",
+    "rm -r": "test_it_is_uninstalled",
+}
+INLINE = [" ".join(code.split()) for code in re.findall("`([^`]+)`", PROSE)]
+PROGRAMS = re.compile(
+    r"(sh|python3|uv|pipx|apt|openssl|systemctl|certbot|a2\w+|ts3d|sqlite3|timedatectl|aws|rm|curl|/usr\S*/pip) \S"
+    r"|update-ca-certificates"
+)
 
 
-def test_every_block_runs_in_a_test():
-    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
-    parts = re.split(r"^## (.*)\n", "\n" + README, flags=re.MULTILINE)
-    sections = dict(zip(["", *parts[1::2]], parts[::2], strict=True))
-    found = {
-        (name, kind) for name, text in sections.items() for kind in re.findall(r"^```(\w*)\n.*?^```", text, re.M | re.S)
-    }
-    assert found == set(RUN_BY)
-    assert [name for name in RUN_BY.values() if f"def {name}(" not in sources] == []
+def section(name):
+    return README.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+
+
+def rows(name):
+    """The cells of a section's table, without its head."""
+    lines = [line for line in section(name).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size and words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_size():
+    lines = README.splitlines()
+    assert len(lines) <= 300
+    assert re.findall(r"^## (.*)", PROSE, re.MULTILINE) == SECTIONS
+    assert [line for line in PROSE.splitlines() if len(line) > 120] == []
+    assert [cell for line in lines if line.startswith("|") for cell in line.split("|") if len(cell) > 160] == []
+    assert 5 < len(rows("Troubleshooting")) <= 15
+    assert [line for line in (ROOT / "ts3d.conf").read_text().splitlines() if len(line) > 120] == []
 
 
 def test_the_first_screen():
@@ -62,136 +110,381 @@ def test_the_first_screen():
         assert [line for line in screen if part in line], part
 
 
-@pytest.mark.parametrize("line", CURLS)
-def test_curl_lines(new_daemon, line):
-    assert TOKEN in line or "401" in line or "healthz" in line or "metrics" in line
-    daemon = new_daemon()
-    command, _, comment = line.replace(":8080", f":{daemon.address[1]}").partition(" #")
-    result = subprocess.run(["sh", "-c", command + " -w ' %{http_code}'"], capture_output=True, text=True, check=True)
-    answer, _, status = result.stdout.rpartition(" ")
-    assert status == (re.match(r" (\d+)", comment) or re.match("(200)", "200"))[1]
-    if "/metrics" not in line:
-        assert json.loads(answer)["success"] is (status == "200")
+AVOID = {  # a word: what it looks like; the field's word
+    "mend": (r"\bmend(s|ed|ing)?\b", "correct, fix"),
+    "whoever": (r"\bwho(ever|m)?\b", "name the actor"),
+    "somebody": (r"\b(some(body|one)|nobody|everybody)\b", "name the actor"),
+    "held": (r"(?<!lock )\b(is|are|be|was|were|been) held\b|\bholds? (it|them) back\b", "unavailable"),
+    "away": (
+        r"\b(is|are|be|was|were|been|goes|went) away\b|\b(take|takes|taken|took|taking)( \w+){0,2} away\b",
+        "remove",
+    ),
+    "stand in the way": (r"\b(stand|stands|stood|standing|is|are) in (the|its|the alert's) way\b", "current problems"),
+    "set aside": (r"\bset(s|ting)? (\w+ )?aside\b", "marked failed"),
+    "over": (r"\b(is|are|be|was) over\b(?= *([.,;:)\"']|$))", "expired, ended"),
+    "stir": (r"\bstir(s|red|ring)?\b", "notify, wake"),
+    "hopeless": (r"\bhopeless", "failed"),
+    "promise": (r"\bpromis(e|es|ed|ing)\b", "guarantee"),
+    "one that": (r"\b(one|ones) (that|which|of (that|which))\b", "name it"),
+    "none": (r"\b(that|which|it) (is|are) (?-i:none)\b", "name it"),
+    "alone": (r"\w's alone\b", "only for NAME"),
+    "look for": (r"\b(is|are) not looked (for|at)\b", "ignored"),
+    "give up": (r"\bg(ive|ives|iven|ave|iving) (it |them )?up\b", "mark failed"),
+    "lets go": (r"\blets? go\b", "release"),
+    "tell apart": (r"\bbefall|\bhither|\bthereof|\bwherein|\bhenceforth|\bthus\b|\bere\b", "plain English"),
+}
+DO_NOT_AVOID = re.compile(r"give_up_after")  # an option's name
 
 
-def test_the_curl_lines_were_found():
-    assert len(CURLS) == 5
+def found(text):
+    """The words to avoid in a text, each with what is around it."""
+    text = " ".join(re.sub(r"^\s*#+ ?|^- ", "", text, flags=re.MULTILINE).split())
+    text = DO_NOT_AVOID.sub("", text)
+    return [
+        f"{word}: …{text[max(0, match.start() - 40) : match.end() + 40]}…; instead: {instead}"
+        for word, (pattern, instead) in AVOID.items()
+        for match in re.finditer(pattern, text, re.IGNORECASE)
+    ]
 
 
-@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "ini"])
-def test_configurations(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(ts3d, "load_tls", lambda config: None)
-    monkeypatch.setattr(ts3d, "SECRETS", [])
-    (tmp_path / "secrets").mkdir()
-    (tmp_path / "secrets" / "webhook_token").write_text("x")
-    (tmp_path / "ts3d.conf").write_text(block)
-    config = ts3d.load_config(str(tmp_path / "ts3d.conf"))
-    assert config.webhook_token
-    parser = configparser.ConfigParser()
-    parser.read_string(block)
-    assert parser.sections()
+def words_of(path):
+    """Docstrings, string literals and comments of a Python file; the whole text of any other."""
+    if path.suffix != ".py":
+        return path.read_text()
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+    # The licence is not ours to write.
+    source = path.read_text().partition("\n# MIT License\n")[0]
+    return "\n\n".join(
+        token.string for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type in kinds
+    )
 
 
-def test_the_policies(new_daemon):
-    """That of `serve`, and what `backfill` needs beside it, in the words in which it asks for that."""
-    least, reading = [json.loads(block) for language, block in BLOCKS if language == "json"]
-    assert [statement["Action"] for statement in least["Statement"]] == ["s3:PutObject"]
-    config = ts3d.Config(file="", workers=0, prefix="", bucket="my-evidence", put_object={})
-    said = str(ts3d.S3(config)._unreadable(SimpleNamespace(meta=SimpleNamespace(partition="aws"))))
-    assert json.loads(said[said.index("{") :]) == reading
+WRITTEN = [
+    *(ROOT / "README.md", ROOT / "ts3d.conf", TS3D, ROOT / "tests" / "demo.py"),
+    *sorted((ROOT / "systemd").iterdir()),
+    *sorted((ROOT / "tests").glob("*.md")),
+    *(ROOT / "tests" / name for name in ("run", "demo", "environment.sh", "bench")),
+]
 
 
-@pytest.mark.parametrize("line", BACKFILLS)
-def test_backfills(new_daemon, s3, line):
-    daemon = new_daemon()
-    arguments, _, comment = line.removeprefix("python3 ts3d.py ").partition(" #")
-    result = daemon.run(*arguments.split())
-    assert (result.returncode, result.stdout) == (0, "backfill: 0 listed, 0 there already, 0 queued\n"), result.stderr
-    assert comment
-    assert re.search("^    backfill: 500 listed, 100 there already, 400 queued$", README, re.MULTILINE)
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_words_to_avoid(path):
+    assert found(words_of(path)) == []
 
 
-def test_the_backfills_were_found():
-    assert len(BACKFILLS) == 4
+@pytest.mark.parametrize("command", ["", "serve", "check", "status", "retry", "backfill"])
+def test_help(command):
+    """Each command's help says what it does, its exit codes and an example, in plain English."""
+    run = [sys.executable, TS3D, *command.split(), "--help"]
+    said = " ".join(subprocess.run(run, capture_output=True, text=True, check=True, env=environment()).stdout.split())
+    assert found(said) == []
+    for part in ("--config FILE", "78 ", *([f"ts3d {command}"] if command else ts3d.COMMANDS)):
+        assert part in said
 
 
-@pytest.fixture
-def failed(new_daemon, api):
-    """A daemon that has given up the tutorial's alert."""
-    api.modes[TUTORIAL_ID] = 500
-    daemon = new_daemon(archive__give_up_after="1", server__wait="0")
-    daemon.post({"alerts": [alert(id=TUTORIAL_ID)]})
-    until(lambda: daemon.health()["failed"])
-    return daemon
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("# what to mend", "Whoever sends it", "s3 is held: 503", "until somebody looks", "Threat Stack is away"),
+        *(
+            "take the option away",
+            "What stands in the way",
+            "set aside as failed",
+            "its certificate is over.",
+            "stir()",
+        ),
+        *("it is hopeless", "what it promises", "one that fails", "a time that is none", "root's alone"),
+        *("is not looked for", "after 7 days it gives up"),
+    ],
+)
+def test_a_word_to_avoid_is_found(text):
+    assert len(found(text)) >= 1
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands(failed, line):
-    command, _, _ = line.removeprefix("ts3d ").partition(" #")
-    result = failed.run(*command.split())
-    assert (result.returncode, result.stderr) == (0, ""), result
-    expected = {
-        "status --failed": TUTORIAL_ID,
-        "status --json": '"failed": 1',
-        "check": "1 failed",
-        "--version": "ts3d ",
-    }
-    words = command.split()
-    assert expected.get(" ".join(words), "1 queued again" if words[0] == "retry" else "failed   1") in result.stdout
+@pytest.mark.parametrize("text", ["give_up_after = 7d", "the answer is over 8 bytes", "amend", "the one that runs"[:7]])
+def test_other_words_are_not(text):
+    assert found(text) == []
 
 
-def test_the_commands_were_found():
-    assert len(COMMANDS) == 9
+# ---------------------------------------------------------------------------------------------------------------------
+# Each command and configuration runs in a test
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_mended_is_what_is_said():
-    """The first column of the table names what the program, or S3, really says."""
-    section = README.partition("\n## Mend it\n")[2].partition("\n## ")[0]
-    names = [name for row in re.findall(r"^\| (.*?) \|", section, re.MULTILINE) for name in re.findall("`(.*?)`", row)]
-    sources = (ROOT / "ts3d.py").read_text() + "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert len(names) > 30
-    for name in names:
-        known = name.removeprefix("s3_").removeprefix("threatstack_").removesuffix("…").removeprefix("status=")
-        assert known in sources, name
-
-
-def test_s3_is_laid_out_as_the_table_says(daemon, s3):
-    daemon.post({"alerts": [alert(0), 1]})
-    until(lambda: len(s3.objects()) == 3)
-    for key in s3.objects():
-        kind = key.partition("/")[0]
-        assert kind in ts3d.OBJECTS
-        assert f"| `{kind}/" in README
+def test_every_block_and_command_runs_in_a_test():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    blocks = set()
+    for name in ("", *SECTIONS):
+        text = section(name) if name else README.partition("\n## ")[0]
+        languages = re.findall(r"^```(\w*)\n.*?^```", text, re.MULTILINE | re.DOTALL)
+        blocks |= {(name, language, languages[:n].count(language)) for n, language in enumerate(languages)}
+    assert blocks == set(BLOCKS_RUN_BY)
+    commands = [code for code in INLINE if PROGRAMS.match(code)]
+    assert len(commands) > 30
+    claimed = {code: [start for start in INLINE_RUN_BY if code.startswith(start)] for code in commands}
+    assert [code for code, starts in claimed.items() if not starts] == []
+    assert set(INLINE_RUN_BY) == {start for starts in claimed.values() for start in starts}
+    names = {*BLOCKS_RUN_BY.values(), *INLINE_RUN_BY.values()} - {None}
+    assert [name for name in names if f"def {name}(" not in sources] == []
 
 
 def test_the_demo():
+    assert [line.split("#")[0].strip() for line in readme("Quick start", "sh").splitlines()] == [
+        "sh tests/demo",
+        "sh tests/run",
+    ]
     result = subprocess.run(["sh", "tests/demo", "--once"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result
     for part in ("webhook_token = ", "$ curl ", '"state": "archived"', f"s3://{BUCKET}/alerts/58/7c/", "curl -i"):
         assert part in result.stdout
 
 
+def test_the_programs_of_the_tests():
+    """Those that are too long to run here are at least there, and are shell."""
+    for code in INLINE:
+        if code.startswith("sh tests/"):
+            subprocess.run(["sh", "-n", code.split()[1]], cwd=ROOT, check=True)
+
+
+def test_the_three_settings(new_daemon, s3):
+    """A configuration of nothing else is complete: check and serve use it."""
+    settings = re.findall(r"`\[(\w+)\] (\w+) = (\S+)`", " ".join(section("Quick start").split()))
+    assert [name for _, name, _ in settings] == ["webhook_token", "api_key", "bucket"]
+    daemon = new_daemon(start=False)
+    daemon.config.write_text("".join(f"[{section}]\n{name} = {value}\n" for section, name, value in settings))
+    config = ts3d.load_config(str(daemon.config))
+    assert (config.webhook_token, config.bucket) == ("a-long-random-word", "my-evidence")
+    assert "ok    configuration" in daemon.run("check").stdout
+    if shutil.which("openssl"):
+        made = subprocess.run(["openssl", "rand", "-hex", "32"], capture_output=True, text=True, check=True).stdout
+        daemon.set(server__webhook_token=made.strip())
+        assert daemon.start().health()["success"]
+
+
+@pytest.fixture
+def moto(tmp_path):
+    """moto's AWS as a server: the environment of clients of it."""
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    (tmp_path / "none").touch()
+    files = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), tmp_path / "none")
+    yield environment(AWS_ENDPOINT_URL=f"http://{host}:{port}", **files)
+    server.stop()
+
+
+def statements(policy):
+    return {statement["Action"]: statement["Resource"] for statement in policy["Statement"]}
+
+
+def test_bucket_and_role(moto, monkeypatch):
+    """AWS's own command line runs the commands, and the policy is what the program asks for."""
+    if not shutil.which("aws"):
+        pytest.skip("no aws (Debian's package awscli)")
+
+    def client(service, region="eu-west-1"):
+        return boto3.client(service, region, endpoint_url=moto["AWS_ENDPOINT_URL"])
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, moto[name])
+    image = client("ec2").describe_images()["Images"][0]["ImageId"]
+    instance = client("ec2").run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
+    script = readme("Installation", "sh").replace("i-0123456789abcdef0", instance)
+    subprocess.run(["sh", "-eu", "-c", script], env=moto, check=True, capture_output=True, text=True)
+    assert client("s3").get_bucket_location(Bucket="my-evidence")["LocationConstraint"] == "eu-west-1"
+    policy = client("iam").get_role_policy(RoleName="ts3d", PolicyName="ts3d")["PolicyDocument"]
+    assert statements(policy) == {
+        "s3:PutObject": "arn:aws:s3:::my-evidence/*",
+        "s3:GetObject": "arn:aws:s3:::my-evidence/alerts/*",
+        "s3:ListBucket": "arn:aws:s3:::my-evidence",
+    }
+    trust = client("iam").get_role(RoleName="ts3d")["Role"]["AssumeRolePolicyDocument"]
+    assert trust["Statement"][0]["Principal"] == {"Service": "ec2.amazonaws.com"}
+    [profile] = client("ec2").describe_iam_instance_profile_associations()["IamInstanceProfileAssociations"]
+    assert profile["IamInstanceProfile"]["Arn"].endswith(":instance-profile/ts3d")
+
+
+def test_debian_packages():
+    """The machines of the tests install what the README names: nginx as nginx-light."""
+    named = {name for code in INLINE if code.startswith("apt install") for name in code.split()[2:]}
+    assert {"python3-boto3", "nginx", "caddy", "certbot"} <= named
+    assert named <= {name.removesuffix("-light") for name in machine.DOWNLOADED.split()}
+
+
+def test_the_proxys_variables(monkeypatch):
+    """As the drop-in sets them, S3 and Threat Stack are reached through the proxy, and the role's credentials not."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    lines = re.findall("^Environment=(.*)", readme("Installation", "systemd"), re.MULTILINE)
+    for setting in shlex.split(" ".join(lines)):
+        monkeypatch.setenv(*setting.split("=", 1))
+    assert urllib.request.getproxies() | {"no": ""} == {"https": "http://proxy.example.com:3128", "no": ""}
+    for host in ("app.threatstack.com", "api.threatstack.com", "my-evidence.s3.eu-west-1.amazonaws.com"):
+        assert not urllib.request.proxy_bypass(host)
+    for host in ("169.254.169.254", "localhost", "127.0.0.1"):
+        assert urllib.request.proxy_bypass(host)
+
+
+def test_curl_lines(daemon):
+    """Those of *Connect Threat Stack* and *Monitoring*, on a daemon without a proxy in front."""
+    url, empty, real, _ = readme("Connect Threat Stack", "sh").splitlines()
+    url = url.replace("https://ts3d.example.com", f"http://127.0.0.1:{daemon.address[1]}")
+    url = url.replace("cat /etc/ts3d/secrets/webhook_token", f"echo {TOKEN}")
+
+    def run(line):
+        return subprocess.run(["sh", "-c", f"{url}\n{line}"], capture_output=True, text=True, check=True).stdout
+
+    assert TOKEN in run("")
+    answers = [run(line).partition("\n")[2] for line in (empty, real)]
+    assert [json.loads(answer) for answer in answers] == [
+        {"success": True, "alerts": []},
+        {"success": True, "alerts": [{"id": TUTORIAL_ID, "state": "archived"}]},
+    ]
+    for line in readme("Monitoring", "sh").splitlines():
+        if line.startswith("curl"):
+            command, _, comment = line.replace(":8080", f":{daemon.address[1]}").partition(" #")
+            assert run(f"{command} -o /dev/null -w '%{{http_code}}'").endswith(f"\n{comment.split()[0].rstrip(',:')}")
+
+
+@pytest.mark.parametrize("line", readme("Backfill", "sh").splitlines())
+def test_backfills(new_daemon, line):
+    daemon = new_daemon()
+    command, _, comment = line.removeprefix("ts3d ").partition(" #")
+    for arguments in (
+        command.split(),
+        *(["backfill", "--from", time] for time in re.findall(r"2026-\S+T\S+", comment)),
+    ):
+        result = daemon.run(*arguments)
+        assert result.returncode == 0, result
+        assert re.search(r"\b0 listed\b.*\b0 queued\b", result.stdout)
+
+
+@pytest.fixture
+def failed(new_daemon, api):
+    """A daemon that has marked the tutorial's alert failed, while others were archived."""
+    api.modes[TUTORIAL_ID] = 404
+    daemon, numbers = new_daemon(archive__give_up_after="1", server__wait="0"), itertools.count(1)
+    daemon.post({"alerts": [alert(id=TUTORIAL_ID)]})
+
+    def is_failed():
+        daemon.post({"alerts": [alert(next(numbers))]})
+        return daemon.health()["failed"]
+
+    until(is_failed, 40, "failed alert")
+    until(lambda: daemon.health()["queued"] == 0, what="empty queue")
+    return daemon
+
+
+COMMANDS = {  # of the text: exit code with a failed alert, and what is in the output
+    "ts3d status": (1, "failed   1"),
+    "ts3d status --failed": (1, TUTORIAL_ID),
+    "ts3d check": (0, "1 failed"),
+    "ts3d retry": (0, "1"),
+    "ts3d --version": (0, f"ts3d {ts3d.VERSION}"),
+    "ts3d serve": (78, ""),
+    "ts3d backfill": (0, "listed"),
+}
+
+
+@pytest.mark.parametrize("code", sorted({code for code in INLINE if code.startswith("ts3d ")}))
+def test_commands(failed, code):
+    """One table row of *Commands* too: with a failed alert, and a daemon running."""
+    known = code.replace(" [ID …]", "")
+    status, says = COMMANDS[known]
+    result = failed.run(*known.split()[1:])
+    assert result.returncode == status, result
+    assert says in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the tables and lists name is what there is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_commands_and_options():
+    table = {re.match(r"`ts3d (\w+)", row[0])[1]: row for row in rows("Commands")}
+    assert list(table) == list(ts3d.COMMANDS)
+    for name, (_, text, codes) in table.items():
+        run = [sys.executable, TS3D, name, "--help"]
+        said = subprocess.run(run, capture_output=True, text=True, check=True, env=environment()).stdout
+        options = set(re.findall(r"--[a-z]+", text))
+        assert options == set(re.findall(r"--[a-z]+", said)) - {"--help", "--config"}, name
+        assert codes.startswith("0 ")
+
+
+def test_the_members_of_json(failed):
+    """Each that the manual names is there, and each that is there is named."""
+    named = set(re.findall("`([a-z_]+)`", section("Monitoring").partition("```")[0]))
+    status = json.loads(failed.run("status", "--json", "--failed").stdout)
+    members = {*status, *(name for cause in status["causes"] for name in cause)}
+    members |= {name for failure in status["failures"] for name in failure}
+    assert members <= named
+    assert named - members <= {"since", "queued", "alert"}  # only while there is such a problem
+
+
+def test_statuses():
+    table = [int(status) for row in rows("Webhook API") for status in re.findall(r"\d{3}", row[0])]
+    assert table == list(ts3d.STATUSES)
+
+
+def test_symptoms_are_what_is_said():
+    """The first column of *Troubleshooting* names what the program, or S3, says."""
+    names = [name for row in rows("Troubleshooting") for name in re.findall("`(.*?)`", row[0])]
+    sources = TS3D.read_text() + "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    sources = sources.replace(README, "").replace((ROOT / "tests" / "test_docs.py").read_text(), "")
+    assert len(names) > 20
+    for name in names:
+        known = name.removeprefix("s3_").removeprefix("threatstack_").removesuffix("…").removeprefix("status=")
+        assert " ".join(known.split()[-2:] if known.startswith("FAIL") else [known]).split("FAIL ")[-1] in sources, name
+
+
+def test_s3_is_laid_out_as_the_table_says(daemon, s3):
+    daemon.post({"alerts": [alert(0), 1]})
+    until(lambda: len(s3.objects()) == 3)
+    kinds = {row[0].strip("`").partition("/")[0] for row in rows("S3 objects")}
+    assert {key.partition("/")[0] for key in s3.objects()} <= kinds
+    assert "ts3d-check" in README
+
+
+def test_options_and_variables():
+    """Options and environment variables that the text names exist."""
+    options = {option.name for option in ts3d.OPTIONS} | {f"{option.name}_file" for option in ts3d.OPTIONS}
+    for name in re.findall(r"`([a-z][a-z_]+) = \S+`", PROSE):
+        assert name in options, name
+    assert set(ts3d.ENVIRONMENT.values()) <= set(INLINE)
+    for section_, name in re.findall(r"`\[([a-z0-9:_]+)\] ([a-z_]+)", PROSE):
+        assert (section_, name) in {option[:2] for option in ts3d.OPTIONS}, name
+
+
+def test_links():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_guarantee_names_its_tests():
+    text = (ROOT / "tests" / "README.md").read_text().partition("\n## Guarantees\n")[2].partition("\n## ")[0]
+    table = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(table) > 5
+    for row in table:
+        names = re.findall("`(test_[a-z0-9_]+)`", row)
+        assert names, row
+        assert [name for name in names if f"def {name}(" not in sources] == []
+
+
+def test_the_version_is_that_of_the_changes():
+    assert f"**Changes in {ts3d.VERSION}**" in section("Upgrading")
+
+
 def test_it_stands_on_the_standard_library_and_boto3():
-    nodes = list(ast.walk(ast.parse((ROOT / "ts3d.py").read_text())))
+    nodes = list(ast.walk(ast.parse(TS3D.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     others = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
     assert others == {"boto3", "botocore"}
     assert issubclass(ts3d.Handler, http.server.BaseHTTPRequestHandler)
-    assert issubclass(ts3d.ApiHandler, urllib.request.BaseHandler)
 
 
 def test_nothing_else_stands_at_the_top():
     top = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__pycache__"))}
     assert top <= {"README.md", "systemd", "tests", "ts3d.conf", "ts3d.py"}
-
-
-def test_every_promise_names_its_tests():
-    section = re.search(r"^## What it promises\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
-    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
-    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert len(rows) > 5
-    for row in rows:
-        names = re.findall("`(test_[a-z0-9_]+)`", row.split("|")[3])
-        assert names, row
-        assert [name for name in names if f"def {name}(" not in sources] == []

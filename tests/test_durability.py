@@ -1,6 +1,7 @@
 """Nothing that was answered 200 is lost: kills, outages, clocks that jump, other processes, and many alerts."""
 
 import contextlib
+import http.client
 import json
 import random
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import threatstack
-from conftest import ROOT, alert, until
+from conftest import ROOT, TOKEN, alert, until
 
 EIGHT = range(1, 9)
 
@@ -110,7 +111,7 @@ def test_kill_at_any_moment_loses_nothing(new_daemon, s3, kills):
 
 @pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.long)])
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
-def test_s3_goes_away_under_load(new_daemon, s3, seconds, way):
+def test_s3_becomes_unavailable_under_load(new_daemon, s3, seconds, way):
     """It refuses connections, or is silent: all that is acknowledged meanwhile arrives."""
     daemon = new_daemon(server__wait="0")
     load = Load(daemon, alerts=4, pause=0.3)
@@ -129,14 +130,14 @@ def test_s3_goes_away_under_load(new_daemon, s3, seconds, way):
 @pytest.mark.parametrize("way", [401, 403, 429, 500, "reset", "garbage", "hang", "refused"])
 @pytest.mark.parametrize("alerts", [1, 3])
 def test_an_outage_gives_nothing_up(new_daemon, s3, api, faulty, way, alerts):
-    """However it is away, and for many times as long as an alert of its own fault is given."""
+    """However it is unavailable, and for many times as long as an alert may fail by itself."""
     daemon = new_daemon(server__wait="0", threatstack__timeout="0.5", archive__give_up_after="0.5s")
     api.mode = way
     if way == "refused":
         api.stop()
     assert daemon.post({"alerts": [alert(n) for n in range(alerts)]})[0] == 200
     until(lambda: len(s3.objects("webhooks/")) == alerts)
-    threading.Event().wait(5)  # how long it is away is what this is about
+    threading.Event().wait(5)  # how long it lasts is what this is about
     health = daemon.health()
     assert (health["queued"], health["failed"]) == (alerts, 0)
     api.mode = None
@@ -146,66 +147,26 @@ def test_an_outage_gives_nothing_up(new_daemon, s3, api, faulty, way, alerts):
     drained(daemon)
 
 
-class Clock:
-    """faketime: a process's clock that is set, or goes faster, while it runs."""
-
-    def __init__(self, folder, daemon, **more):
-        libraries = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-        if not libraries:
-            pytest.skip("no libfaketime")
-        self.file = folder / "faketime"
-        self.set("+0")
-        daemon.environment |= {
-            "LD_PRELOAD": str(libraries[0]),
-            "FAKETIME_TIMESTAMP_FILE": str(self.file),
-            "FAKETIME_NO_CACHE": "1",
-            **more,
-        }
-
-    def set(self, offset):
-        # At once: an empty file would be the true time for an instant.
-        new = self.file.with_suffix(".new")
-        new.write_text(offset + "\n")
-        new.rename(self.file)
+YEAR = 365 * 86400
 
 
-@pytest.fixture
-def timeless(api):
-    """Threat Stack's stand-in as both upstreams: S3 would refuse signatures of another year. The keys that were put."""
-    keys = []
-
-    def both(handler):
-        name = handler.path.rpartition("/")[2]
-        if handler.command == "PUT":
-            keys.append(handler.path)
-            handler.send(200, b"", [("ETag", '"x"')])
-        elif api.status:
-            handler.send(api.status, b"")
-        else:
-            handler.succeed(name)
-
-    api.mode, api.status = both, None
-    return keys
-
-
-def test_a_clock_that_jumps_stalls_and_expires_nothing(new_daemon, api, timeless, tmp_path):
-    """A year forward, a year back, while Threat Stack is held: it is probed on, and nothing is given up."""
-    daemon = new_daemon(start=False, server__wait="0", archive__give_up_after="1h", s3__endpoint_url=api.url)
-    clock = Clock(tmp_path, daemon, FAKETIME_DONT_FAKE_MONOTONIC="1")
+def test_a_clock_that_jumps_stalls_and_expires_nothing(new_daemon, s3, api, clock):
+    """A year forward, a year back, while Threat Stack is unavailable: it is probed on, and nothing is marked failed."""
+    daemon = new_daemon(start=False, server__wait="0", archive__give_up_after="1h")
+    clock.use(daemon)
     daemon.start()
-    for n, offset in enumerate(["+0", "+1y", "+0", "-1y", "+1y"]):
-        api.status = 429
+    for n, jump in enumerate([0, YEAR, 0, -YEAR, YEAR]):
+        api.mode = 429
         assert daemon.post({"alerts": [alert(n)]})[0] == 200
         until(lambda n=n: f"/api/v1/alerts/alert-{n:06}" in api.paths())
-        clock.set(offset)
+        clock.set(jump=jump)
         calls = len(api.calls)
         until(lambda calls=calls: len(api.calls) > calls, 30)
         assert daemon.health()["oldest_seconds"] >= 0
-        api.status = None
-        until(lambda n=n: f"/evidence/alerts/al/er/alert-{n:06}" in timeless, 30)
-    until(lambda: daemon.health()["queued"] == 0)
-    assert daemon.health()["failed"] == 0
-    clock.set("-1y")
+        api.mode = None
+        until(lambda n=n: f"alerts/al/er/alert-{n:06}" in s3.objects(), 30)
+    drained(daemon)
+    clock.set(jump=-YEAR)
     assert daemon.stop() == 0
     years = {line[:4] for line in daemon.log().splitlines()}
     assert len(years) >= 2, years
@@ -213,27 +174,86 @@ def test_a_clock_that_jumps_stalls_and_expires_nothing(new_daemon, api, timeless
 
 @pytest.mark.long
 @pytest.mark.parametrize("status", [401, 429, 500])
-def test_a_week_without_threat_stack(new_daemon, api, timeless, tmp_path, status):
-    """All clocks, the monotonic one too, go so fast that a week takes half a minute."""
-    hours = {"server__request_timeout": "1h", "threatstack__timeout": "1h"}  # an hour takes 0.2 s then
-    daemon = new_daemon(start=False, server__wait="0", s3__endpoint_url=api.url, **hours)
-    clock = Clock(tmp_path, daemon)
+@pytest.mark.parametrize("alerts", [1, 5])
+def test_a_week_without_threat_stack(new_daemon, s3, api, clock, status, alerts):
+    """All clocks go so fast that it takes half a minute. Nothing is marked failed, and the log stays short."""
+    daemon = new_daemon(start=False, server__wait="0", **clock.HOURS)
+    clock.use(daemon)
     daemon.start()
-    api.status = status
-    assert daemon.post({"alerts": [alert(n) for n in range(5)]})[0] == 200
-    until(lambda: len(timeless) == 5)
-    clock.set("+0 x20000")
+    api.mode = status
+    assert daemon.post({"alerts": [alert(n) for n in range(alerts)]})[0] == 200
+    until(lambda: len(s3.objects("webhooks/")) == alerts)
+    clock.set(speed=20_000)
 
     def after_a_week():
         with contextlib.suppress(OSError):  # a request may arrive too slowly: its hour takes 0.2 s
             return (health := daemon.health())["oldest_seconds"] > 8 * 86400 and health
 
     health = until(after_a_week, 120)
-    assert (health["queued"], health["failed"]) == (5, 0)
-    clock.set("+9d x1")
-    api.status = None
-    until(lambda: len(timeless) == 10, 60)
+    assert (health["queued"], health["failed"]) == (alerts, 0)
+    lines = re.findall("(?:INFO|WARNING|ERROR) .*(?:id=alert-|threatstack ).*", daemon.log())
+    assert len(lines) <= 1 + 3 * alerts, lines
+    clock.set()
+    api.mode = None
+    until(lambda: len(s3.objects("alerts/")) == alerts, 60)
     drained(daemon)
+
+
+END_A_THREAD = """
+import ctypes, os, threading, time
+from pathlib import Path
+
+def end():
+    place = Path(__file__).parent
+    while not (place / "end").exists():
+        time.sleep(0.05)
+    others = [thread for thread in threading.enumerate() if thread not in (threading.main_thread(), ours)]
+    (place / "names.new").write_text("\\n".join(thread.name for thread in others))
+    (place / "names.new").rename(place / "names")
+    for thread in others:
+        if thread.name == (place / "end").read_text():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+ours = threading.Thread(target=end, daemon=True)
+ours.start()
+"""
+
+
+def test_a_thread_that_ends_ends_the_daemon(new_daemon, s3, tmp_path):
+    """Each kind of them: it exits with 1 and one line, and the next start goes on with the queue."""
+    (tmp_path / "sitecustomize.py").write_text(END_A_THREAD)
+
+    def start(name):
+        for path in (tmp_path / "end", tmp_path / "names"):
+            path.unlink(missing_ok=True)
+        daemon = new_daemon(start=False, server__wait="0")
+        daemon.environment["PYTHONPATH"] = str(tmp_path)
+        daemon.start()
+        assert daemon.post({"alerts": [alert(0)]})[0] == 200
+        until(lambda: daemon.health()["queued"] == 0)
+        (tmp_path / "end.new").write_text(name)
+        (tmp_path / "end.new").rename(tmp_path / "end")
+        return daemon, until(lambda: (tmp_path / "names").exists() and (tmp_path / "names").read_text().splitlines())
+
+    daemon, names = start("none")
+    assert daemon.stop() == 0
+    kinds = {re.sub(r"[0-9 ]+", "#", name): name for name in names if "process_request" not in name}
+    assert len(kinds) >= 3, names
+    for name in kinds.values():
+        daemon, _ = start(name)
+
+        def post(daemon=daemon):  # a thread that waits must go on, to end
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                daemon.request("POST", "/api/v1/s3/alert", json.dumps(alert(1)), {"Authorization": f"Bearer {TOKEN}"})
+            return daemon.process.poll() is not None
+
+        until(post, 40, f"end of the daemon after {name}")
+        assert daemon.process.returncode == 1, name
+        (line,) = re.findall("^ts3d: .*", daemon.log(), re.MULTILINE)
+        assert "ended" in line
+        daemon.environment.pop("PYTHONPATH")
+        daemon.start()
+        drained(daemon)
 
 
 def test_a_daemon_that_is_suspended_goes_on(new_daemon, s3):
@@ -258,11 +278,11 @@ print("begun", flush=True)
 ends = time.monotonic() + float(sys.argv[3])
 n = 0
 while time.monotonic() < ends:
-    new = ts3d.Arrival(f"beside-{n:06}", "2017/01/17/13/51", "webhooks", b'{"id": "beside-%06d"}' % n)
+    new = ts3d.Job(f"beside-{n:06}", "2017/01/17/13/51", "webhooks", "webhooks", b'{"id": "beside-%06d"}' % n)
     numbers = queue.put([new])
-    queue.counts(), queue.states(numbers)
+    queue.problems(), queue.errors(numbers)
     for _ in range(20):
-        queue.prove_writable()  # a commit: more jobs than these would take long to archive
+        queue.retry(["none"])  # a commit: more jobs than these would take long to archive
     n += 1
 queue.close()
 print(n)

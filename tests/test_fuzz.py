@@ -93,16 +93,8 @@ LENGTHS = mostly(
 CODING_NAMES = mostly(b"Transfer-Encoding", b"TRANSFER-ENCODING", b"Transfer-Encoding ", b"Transfer_Encoding")
 CODINGS = mostly(
     *(b"chunked", b"CHUNKED", b"chunked ", b"chunked, chunked", b"gzip, chunked", b"chunked, gzip", b"identity", b""),
-    *(
-        b"xchunked",
-        b'"chunked"',
-        b"chunked;q=1",
-        b"\x0bchunked",
-        b"chunked,",
-        b",chunked",
-        b"chunked\x00",
-        b"chunked\xa0",
-    ),
+    *b'xchunked "chunked" chunked;q=1 chunked, ,chunked'.split(),
+    *(b"\x0bchunked", b"chunked\x00", b"chunked\xa0"),
 )
 EXTRAS = one_of(
     *(b"",) * 60,

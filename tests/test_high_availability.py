@@ -1,4 +1,4 @@
-"""Two daemons behind nginx, as the README says: nothing is shared but the bucket."""
+"""Two daemons behind nginx, as the README says. They share nothing but the bucket."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def balancer(new_daemon, tmp_path):
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin") or pytest.skip("no nginx")
     daemons = [new_daemon(server__listen=f"127.0.0.1:{free_port()}") for _ in range(2)]
     port = free_port()
-    block = readme("Run two of them", "nginx")
+    block = readme("High availability", "nginx")
     for daemon, address in zip(daemons, ("192.0.2.11:8080", "192.0.2.12:8080"), strict=True):
         assert address in block
         block = block.replace(address, f"127.0.0.1:{daemon.address[1]}")

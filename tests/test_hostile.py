@@ -5,17 +5,13 @@ import json
 import re
 import shutil
 import socket
-import ssl
 import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 import threatstack
-import trustme
 from conftest import AWS, TOKEN, alert, until
-
-import ts3d
 
 
 def peak(daemon):
@@ -40,24 +36,8 @@ def test_800_slow_connections_keep_nobody_waiting(new_daemon, mode):
         pytest.skip("no slowhttptest")
     daemon = new_daemon(server__wait="0", archive__workers="0")
     url = "http://{}:{}/api/v1/s3/alert?token={}".format(*daemon.address, TOKEN)
-    command = [
-        "slowhttptest",
-        mode,
-        "-c",
-        "800",
-        "-r",
-        "800",
-        "-i",
-        "1",
-        "-l",
-        "60",
-        "-s",
-        "8192",
-        "-t",
-        "POST",
-        "-u",
-        url,
-    ]
+    options = f"{mode} -c 800 -r 800 -i 1 -l 60 -s 8192 -t POST -u {url}"
+    command = ["slowhttptest", *options.split()]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as attack:
         fds = Path(f"/proc/{daemon.process.pid}/fd")
         until(lambda: len(list(fds.iterdir())) > 700, what="attack")
@@ -77,7 +57,7 @@ def test_more_connections_than_there_is_room_for(new_daemon):
 
 
 def test_no_room_while_all_are_being_answered(new_daemon, s3, api):
-    """Whoever waits for an answer is not cut off: the new one is."""
+    """A client that waits for an answer is not cut off: the new one is."""
     api.mode = "hang"
     daemon = new_daemon(server__max_connections="3", server__wait="3", archive__workers="4")
     data = json.dumps({"alerts": [alert(0)]}).encode()
@@ -96,25 +76,19 @@ def test_file_descriptors_are_left_for_the_archive(new_daemon, s3):
     command = daemon.command
     daemon.command = lambda *arguments: ["prlimit", "--nofile=160:160", *command(*arguments)]
     daemon.start()
-    assert daemon.logged("max_connections is 64 here: a process may open 160 files")
     with connections(daemon, 300):
         answer = daemon.post({"alerts": [alert(n) for n in range(40)]})[1]
         assert {state["state"] for state in answer["alerts"]} == {"archived"}
-    assert not daemon.logged("held")
+    assert not daemon.logged("unavailable")
 
 
-def test_handshakes_that_never_end(new_daemon, tmp_path):
-    authority = trustme.CA()
-    pem = tmp_path / "server.pem"
-    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
-    daemon = new_daemon(server__tls_certificate=pem, server__tls_key=pem, server__request_timeout="60")
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
+def test_handshakes_that_never_end(new_daemon, certificate):
+    daemon = new_daemon(server__request_timeout="60", **certificate.options)
     # A hello's beginning, and nothing at all.
     with connections(daemon, 100, b"\x16\x03\x01\x02\x00"), connections(daemon, 100):
         for _ in range(5):
             plain = socket.create_connection(daemon.address, 20)
-            with context.wrap_socket(plain, server_hostname="localhost") as sock:
+            with certificate.context.wrap_socket(plain, server_hostname="localhost") as sock:
                 sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert sock.recv(65536).startswith(b"HTTP/1.1 200")
 
@@ -161,13 +135,13 @@ def echo(handler):
 
 
 def test_secrets_are_nowhere(new_daemon, api, tmp_path):
-    """Whatever fails, at the most talkative level: in no line, answer, argument or repr, nor what `check` says."""
+    """Whatever fails, at the most talkative level: in no line, answer or argument, nor what `check` says."""
     api.mode = echo
     tokens = ["first-webhook-token", "second+webhook/token"]
-    secrets = [*tokens, "metrics-token", threatstack.KEY, AWS["AWS_SECRET_ACCESS_KEY"]]
+    secrets = [*tokens, "the-metrics-token", threatstack.KEY, AWS["AWS_SECRET_ACCESS_KEY"]]
     daemon = new_daemon(
         server__webhook_token="\n  ".join(["", *tokens]),
-        server__metrics_token="metrics-token",
+        server__metrics_token="the-metrics-token",
         server__wait="0",
         log__level="DEBUG",
         s3__endpoint_url=api.url,
@@ -181,6 +155,8 @@ def test_secrets_are_nowhere(new_daemon, api, tmp_path):
             f"POST /api/v1/s3/alert?token={token}\r\n\r\n",
             f"POST /api/v1/s3/alert?token={token} \x01 HTTP/1.1\r\n\r\n",
             f"POST /{token} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+            f"POST /api/v1/s3/alert&token={token} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+            f"POST /{token}\x1b[2J HTTP/1.1\r\n\r\n",
             f"{token} / HTTP/1.1\r\nHost: x\r\n\r\n",
             f"GET /healthz HTTP/1.1\r\nHost: x\r\nAuthorization : Bearer {token}\r\n\r\n",
             f"GET /healthz HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer\r\n {token}\r\n\r\n",
@@ -191,24 +167,12 @@ def test_secrets_are_nowhere(new_daemon, api, tmp_path):
                 sock.sendall(data.encode())
                 sock.shutdown(socket.SHUT_WR)
                 said.append(b"".join(iter(lambda: sock.recv(65536), b"")).decode())
-    until(lambda: daemon.logged("Threat Stack.*: 500|S3.*: .*500|s3 is held"))
+    until(lambda: daemon.logged("Threat Stack: 500|s3 unavailable"))
     said += [str(daemon.post({"alerts": [alert(0)]}, token)) for token in tokens]
     assert "'error'" in said[-1]
     process = Path(f"/proc/{daemon.process.pid}")
     said.append((process / "cmdline").read_text())
     daemon.stop()
     said.append(daemon.log())
-    said.append(repr(ts3d.load_config(str(daemon.config))))
+    assert "\x1b" not in said[-1]
     assert [(secret, text) for secret in secrets for text in said if secret in text] == []
-
-
-def test_an_empty_token_never_matches(new_daemon):
-    daemon = new_daemon()
-    for path, headers in (
-        ("?token=", {}),
-        ("?token", {}),
-        ("", {"Authorization": "Bearer "}),
-        ("", {"Authorization": "Bearer"}),
-        ("?token=&token=", {"Authorization": ""}),
-    ):
-        assert daemon.request("POST", "/api/v1/s3/alert" + path, b"{}", headers)[0] == 401

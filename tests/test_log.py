@@ -3,29 +3,41 @@
 import contextlib
 import json
 import re
+import signal
 import socket
-import sqlite3
-from datetime import datetime, timezone
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
 import threatstack
-import trustme
-from conftest import AWS, BUCKET, TOKEN, Daemon, alert, free_port, listening, until
+from conftest import AWS, TOKEN, Daemon, alert, free_port, listening, until
 from test_http import CHUNKED, CLOSE, EMPTY, LENGTH, PATH, message, talk
 from threatstack import HAWK
 
 import ts3d
 
-REQUEST = re.compile(
-    r"(?P<level>[A-Z]+) (?P<method>\S+) (?P<path>\S+) (?P<status>[0-9]{3}|-) request=(?P<id>[0-9a-f]{16}) "
-    r"client=(?P<client>\S+)(?P<note>.*) seconds=[0-9]+\.[0-9]{3}"
-)
+PAIR = r' (\w+)=("(?:[^"\\]|\\.)*"|[^\s"=]*)'
+REQUEST = re.compile(rf"(?P<level>[A-Z]+) (?P<method>\S+) (?P<path>\S+) (?P<status>[0-9]{{3}}|-)(?P<pairs>({PAIR})+)")
+
+
+def pairs(text):
+    """What stands behind a line's message, as logfmt has it, by name; the line has nothing else there."""
+    assert re.fullmatch(f"({PAIR})*", text), text
+    found = re.findall(PAIR, text)
+    assert len({name for name, _ in found}) == len(found)
+    return {name: re.sub(r"\\(.)", r"\1", value[1:-1]) if value[:1] == '"' else value for name, value in found}
 
 
 def requests(daemon, begin=0):
-    """What the log says of requests, in its order."""
-    return [match for line in daemon.log(begin).splitlines() if (match := REQUEST.fullmatch(line[24:]))]
+    """What the log says of requests, in its order: level, method, path, status, and each pair."""
+    found = [match for line in daemon.log(begin).splitlines() if (match := REQUEST.fullmatch(line[24:]))]
+    each = [{**match.groupdict(), **pairs(match["pairs"])} for match in found]
+    for line in each:
+        assert re.fullmatch("[0-9a-f]{16}", line["request"])
+        assert re.fullmatch(r"[0-9]+\.[0-9]{3}", line["seconds"])
+    return each
 
 
 def lines(daemon, pattern):
@@ -40,46 +52,70 @@ def is_at_rest(daemon):
 # Requests
 # ---------------------------------------------------------------------------------------------------------------------
 
-EMPTY_NOTE = "bytes=14 alerts=0 rejected=0"
+NOTHING = {"bytes": "14", "alerts": "0", "rejected": "0"}
 BOTH = b'{"alerts": [{"id": "abcd", "created_at": 0}, 1]}'
 LARGE = json.dumps(alert(0, text="x" * 200_000)).encode()
+QUOTED = b'{"alerts": [{"id": "abcd", "created_at": "\\"a=b\\" \\\\"}]}'
 ASKED = {  # what is sent, and what the line says: priority, method, path, status, what else
-    "good": (message([LENGTH, CLOSE], EMPTY), f"INFO POST {PATH} 200", EMPTY_NOTE),
-    "absolute": (message([LENGTH, CLOSE], EMPTY, path=f"http://x{PATH}"), f"INFO POST http://x{PATH} 200", EMPTY_NOTE),
-    "token": (message([LENGTH, CLOSE], EMPTY, path=f"{PATH}?token={TOKEN}"), f"INFO POST {PATH} 200", EMPTY_NOTE),
+    "good": (message([LENGTH, CLOSE], EMPTY), f"INFO POST {PATH} 200", NOTHING),
+    "slash": (message([LENGTH, CLOSE], EMPTY, path=f"{PATH}/"), f"INFO POST {PATH}/ 200", NOTHING),
+    "absolute": (message([LENGTH, CLOSE], EMPTY, path=f"http://x{PATH}"), f"INFO POST http://x{PATH} 200", NOTHING),
+    "token": (message([LENGTH, CLOSE], EMPTY, path=f"{PATH}?token={TOKEN}"), f"INFO POST {PATH} 200", NOTHING),
     "partly": (
         message([b"Content-Length: %d" % len(BOTH), CLOSE], BOTH),
         f"INFO POST {PATH} 200",
-        r"bytes=48 alerts=1 rejected=1 kept=[0-9a-f]{64} reason=alerts\[1\]: not an object",
+        {"bytes": "48", "alerts": "1", "rejected": "1", "error": r"alerts\[1\].*"},
     ),
     "malformed": (
         message([b"Content-Length: 1", CLOSE], b"{"),
         f"INFO POST {PATH} 400",
-        "bytes=1 alerts=0 rejected=0 kept=[0-9a-f]{64} error=not JSON: line 1 .*",
+        {"bytes": "1", "alerts": "0", "rejected": "0", "error": "not JSON: .*line 1 .*"},
     ),
     "invalid": (
         message([b"Content-Length: 15", CLOSE], b'{"alerts": [1]}'),
         f"INFO POST {PATH} 400",
-        r"bytes=15 alerts=0 rejected=1 kept=[0-9a-f]{64} error=alerts\[0\]: not an object",
+        {"bytes": "15", "alerts": "0", "rejected": "1", "error": r"alerts\[0\].*"},
     ),
-    "nonsense": (b"nonsense\r\n\r\n", "INFO - - 400", "error=the request line is not METHOD TARGET HTTP/1.1"),
-    "two lengths": (message([LENGTH, LENGTH], EMPTY), f"INFO POST {PATH} 400", "error=Content-Length: not one number"),
-    "no token": (message([LENGTH]).replace(TOKEN.encode(), b"x"), f"INFO POST {PATH} 401", "error=present the .*"),
-    "elsewhere": (message([CLOSE], method="GET", path="/x"), "INFO GET /x 404", "error=there is nothing here.*"),
-    "method": (message([CLOSE], method="PUT"), f"INFO PUT {PATH} 405", "error=only POST"),
-    "late body": (message([LENGTH]), f"INFO POST {PATH} 408", "error=the request did not arrive in time.*"),
-    "late head": (message()[:-2], f"INFO POST {PATH} 408", "error=the request did not arrive in time.*"),
-    "late line": (b"POST ", "INFO - - 408", "error=the request did not arrive in time.*"),
-    "too large": (message([b"Content-Length: 99999999"]), f"INFO POST {PATH} 413", "error=the body is over .*"),
-    "large head": (message([b"X: x"] * 200), f"INFO POST {PATH} 431", "error=over 100 lines of headers"),
-    "large line": (b"x" * 70_000, "INFO - - 431", "error=over 65536 bytes of headers"),
+    "quoted": (
+        message([b"Content-Length: %d" % len(QUOTED), CLOSE], QUOTED),
+        f"INFO POST {PATH} 400",
+        {"error": r".*created_at.*a=b.*"},
+    ),
+    "encoded": (
+        message([LENGTH, b"Content-Encoding: gzip", CLOSE], EMPTY),
+        f"[A-Z]+ POST {PATH} 415",
+        {"bytes": "14", "error": ".*Content-Encoding.*"},
+    ),
+    "nonsense": (b"nonsense\r\n\r\n", "INFO - - 400", {"error": ".+"}),
+    "two lengths": (message([LENGTH, LENGTH], EMPTY), f"INFO POST {PATH} 400", {"error": ".*Content-Length.*"}),
+    "no token": (message([LENGTH]).replace(TOKEN.encode(), b"x"), f"INFO POST {PATH} 401", {"error": ".*token.*"}),
+    "elsewhere": (message([CLOSE], method="GET", path="/x"), "INFO GET /x 404", {"error": ".+"}),
+    **{
+        f"POST {path}": (message([LENGTH, CLOSE], EMPTY, path=f"{path}?token={TOKEN}"), f"WARNING POST {path} 404", {})
+        for path in (f"/{PATH}", "/", "/api/v1/s3/alerts", f"{PATH}/x", f"{PATH}%20")
+    },
+    "POST by a stranger": (
+        message([LENGTH, CLOSE], EMPTY, path="/x").replace(TOKEN.encode(), b"x"),
+        "WARNING POST /x 404",
+        {"error": ".+"},
+    ),
+    "method": (message([CLOSE], method="PUT"), f"INFO PUT {PATH} 405", {"error": ".*POST.*"}),
+    "late body": (message([LENGTH]), f"INFO POST {PATH} 408", {"error": ".+"}),
+    "late head": (message()[:-2], f"INFO POST {PATH} 408", {"error": ".+"}),
+    "late line": (b"POST ", "INFO - - 408", {"error": ".+"}),
+    "too large": (message([b"Content-Length: 99999999"]), f"INFO POST {PATH} 413", {"error": ".*max_body.*"}),
+    "large head": (message([b"X: x"] * 200), f"INFO POST {PATH} 431", {"error": ".*100.*"}),
+    "large line": (b"x" * 70_000, "INFO - - 431", {"error": ".*65536.*"}),
     "no room": (
         message([b"Content-Length: %d" % len(LARGE), CLOSE], LARGE),
         f"WARNING POST {PATH} 503",
-        "bytes=2000.. alerts=1 rejected=0 error=the queue is full.*",
+        {"bytes": "2000..", "alerts": "1", "rejected": "0", "error": ".*full.*"},
     ),
-    "head": (message([CLOSE], method="HEAD", path="/healthz"), "INFO HEAD /healthz 200", ""),
-    "escape": (message([CLOSE], method="GET", path="/%1b[2J?a=b"), r"INFO GET /%1b\[2J 404", "error=.*"),
+    "head": (message([CLOSE], method="HEAD", path="/healthz"), "DEBUG HEAD /healthz 200", {}),
+    "health": (message([CLOSE], method="GET", path="/healthz"), "DEBUG GET /healthz 200", {}),
+    "metrics": (message([CLOSE], method="GET", path="/metrics"), "DEBUG GET /metrics 200", {}),
+    "no metrics": (message([CLOSE], method="PUT", path="/metrics"), "INFO PUT /metrics 405", {}),
+    "escape": (message([CLOSE], method="GET", path="/%1b[2J?a=b"), r"INFO GET /%1b\[2J 404", {}),
 }
 
 
@@ -87,6 +123,7 @@ ASKED = {  # what is sent, and what the line says: priority, method, path, statu
 def small(tmp_path_factory):
     """A daemon that only receives, with little room and little patience."""
     options = {"queue__max_size": "100K", "server__request_timeout": "1", "archive__workers": "0"}
+    options["log__level"] = "DEBUG"
     daemon = Daemon(tmp_path_factory.mktemp("small"), **options).start()
     yield daemon
     daemon.stop()
@@ -96,17 +133,81 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("name", ASKED)
 def test_a_line_for_each_request(small, name):
     """With the id that the answer has."""
-    data, head, note = ASKED[name]
+    data, head, more = ASKED[name]
     begin = len(small.log())
     answer = talk(small, data)
     [id_] = re.findall(rb"\r\nX-Request-Id: ([0-9a-f]{16})\r\n", answer)
     until(lambda: small.logged(f"request={id_.decode()}.*\n", begin))
     [line] = requests(small, begin)
-    assert line["id"] == id_.decode()
-    assert re.fullmatch(head, f"{line['level']} {line['method']} {line['path']} {line['status']}"), line[0]
+    assert line["request"] == id_.decode()
+    assert re.fullmatch(head, "{level} {method} {path} {status}".format_map(line)), line
     assert line["client"] == "127.0.0.1"
-    assert re.fullmatch(note, line["note"].strip()), line[0]
+    assert "forwarded_for" not in line
+    for key, value in more.items():
+        assert re.fullmatch(value, line[key]), line
     assert b" %s " % line["status"].encode() in answer[:20]
+
+
+FORWARDED = {  # what a proxy sends, and what the line has; the last is the proxy's own word
+    (b"X-Forwarded-For: 203.0.113.9",): "203.0.113.9",
+    (b"x-forwarded-for:203.0.113.9 ",): "203.0.113.9",
+    (b"X-Forwarded-For: 198.51.100.1, 203.0.113.9",): "203.0.113.9",
+    (b"X-Forwarded-For: 198.51.100.1", b"X-Forwarded-For: 203.0.113.9"): "203.0.113.9",
+    (b"X-Forwarded-For: 198.51.100.1,203.0.113.9 ,2001:db8::1",): "2001:db8::1",
+    (b"X-Forwarded-For: unknown",): "unknown",
+    (b'X-Forwarded-For: a b="c',): 'a b="c',
+    (b"X-Forwarded-For: %s" % TOKEN.encode(),): r"\*\*\*",
+    (b"X-Forwarded-For: \xff\x9b2J",): r"[^\x00-\x1f\x7f-\x9f]+",
+}
+
+
+@pytest.mark.parametrize("fields", FORWARDED, ids=lambda fields: str(fields)[:60])
+def test_the_sender_that_a_proxy_names(small, fields):
+    begin = len(small.log())
+    talk(small, message([LENGTH, CLOSE, *fields], EMPTY))
+    [line] = until(lambda: requests(small, begin))
+    assert line["client"] == "127.0.0.1"
+    assert re.fullmatch(FORWARDED[fields], line["forwarded_for"]), line
+
+
+def test_only_a_proxy_on_this_machine_is_believed(new_daemon, elsewhere):
+    daemon = new_daemon(server__listen="0.0.0.0:0", archive__workers="0")
+    daemon.address = (elsewhere, daemon.address[1])
+    talk(daemon, message([LENGTH, CLOSE, b"X-Forwarded-For: 203.0.113.9"], EMPTY))
+    [line] = until(lambda: requests(daemon))
+    assert (line["client"], line.get("forwarded_for")) == (elsewhere, None)
+
+
+def test_what_asks_every_few_seconds_fills_no_log(new_daemon):
+    """Successful requests to /healthz and /metrics are lines at DEBUG; those that fail, and webhooks, are not."""
+    daemon = new_daemon(archive__workers="0", server__metrics_token=TOKEN[::-1])
+    headers = [b"Authorization: Bearer " + TOKEN[::-1].encode()]
+    for path in ("/healthz", "/metrics"):
+        good = b"GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % (path.encode(), b"\r\n".join([*headers, CLOSE]))
+        assert b" 200 OK" in talk(daemon, good)
+    assert b" 401 " in talk(daemon, message([CLOSE], method="GET", path="/metrics"))
+    talk(daemon, message([LENGTH, CLOSE], EMPTY))
+    until(lambda: len(requests(daemon)) >= 2)
+    assert [(line["path"], line["status"]) for line in requests(daemon)] == [("/metrics", "401"), (PATH, "200")]
+
+
+def test_sighup_is_ignored(new_daemon, s3, api):
+    """With one line that says so; a request that is being answered is answered."""
+    api.mode = "hang"
+    daemon = new_daemon(server__wait="30")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(daemon.post, {"alerts": [alert(0)]})
+        until(lambda: s3.objects("webhooks/"))
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: len(lines(daemon, "SIGHUP.*(reload|restart)")) == 1, what="line")
+        assert not answer.done()
+        api.mode = None
+        api.released.set()
+        assert answer.result()[0] == 200
+    daemon.process.send_signal(signal.SIGHUP)
+    until(lambda: len(lines(daemon, "SIGHUP")) == 2)
+    assert daemon.post({"alerts": []})[0] == 200
+    assert daemon.stop() == 0
 
 
 def test_ids_differ_also_on_one_connection(daemon):
@@ -115,7 +216,7 @@ def test_ids_differ_also_on_one_connection(daemon):
     ids = re.findall(r"X-Request-Id: (\S+)", answer.decode())
     assert len(set(ids)) == 4
     until(lambda: len(requests(daemon)) == 4)
-    assert [line["id"] for line in requests(daemon)] == ids
+    assert [line["request"] for line in requests(daemon)] == ids
     assert [line["status"] for line in requests(daemon)] == ["200", "200", "400", "404"]
 
 
@@ -127,7 +228,7 @@ def test_a_client_that_goes_away(daemon, data):
     [line] = until(lambda: requests(daemon))
     assert line["status"] == "-"
     assert line["path"] == (PATH if data.startswith(b"POST /") else "-")
-    assert line["note"].startswith(" error=closed in the middle of a ")
+    assert line["error"].startswith("closed in the middle of a ")
 
 
 def test_a_connection_that_says_nothing_has_no_line(daemon):
@@ -141,14 +242,16 @@ def test_an_answer_in_which_a_bug_shows_names_its_line(caplog):
     """What is said of the bug, and of the request, has the answer's id."""
 
     class Broken(ts3d.Handler):
-        def route(self):
+        def read_head(self):
             raise ZeroDivisionError("by zero")
 
     ours, theirs = socket.socketpair()
     with ours, theirs, caplog.at_level("INFO", "ts3d"):
         theirs.sendall(message([CLOSE], method="GET", path="/healthz"))
-        config = SimpleNamespace(tls=None, request_timeout=5)
-        Broken(ts3d.Connection(ours, 5), "", SimpleNamespace(config=config, stopping=False))
+        config = SimpleNamespace(tls=None, request_timeout=5, keepalive_timeout=5)
+        sock = ts3d.DeadlineSocket(fileno=ours.detach())
+        sock.deadline = time.monotonic() + 5
+        Broken(sock, "", ts3d.Server(config, SimpleNamespace(queue=None)))
         answer = theirs.recv(65536).decode()
     [id_] = re.findall("X-Request-Id: (.*)\r\n", answer)
     assert id_ in json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]
@@ -156,19 +259,7 @@ def test_an_answer_in_which_a_bug_shows_names_its_line(caplog):
         ("ERROR", True),
         ("WARNING", True),
     ]
-    assert re.search(r"ZeroDivisionError: by zero \(ts3d.py:\d+", caplog.text)
-
-
-def test_connections_that_are_turned_away(new_daemon, api, s3):
-    api.mode = "hang"
-    daemon = new_daemon(server__max_connections="1", server__wait="30")
-    body = json.dumps({"alerts": [alert(0)]}).encode()
-    with socket.create_connection(daemon.address) as sock:
-        sock.sendall(message([b"Content-Length: %d" % len(body)], body))
-        until(lambda: s3.objects("webhooks/"))
-        with contextlib.suppress(OSError), socket.create_connection(daemon.address, 20) as other:
-            assert other.recv(100) == b""
-        until(lambda: daemon.logged(r"WARNING connection refused client=127.0.0.1: all of \[server\] max_con"))
+    assert re.search(r"ZeroDivisionError.*by zero.*\d+", caplog.text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +269,7 @@ def test_connections_that_are_turned_away(new_daemon, api, s3):
 
 def archived(daemon):
     """Of each line about an archived alert: id, tries and keys."""
-    pattern = r"INFO archived id=(\S+) tries=([0-9]+) seconds=[0-9]+\.[0-9]{3} keys=(\S+)$"
+    pattern = r"(?:INFO |<6>)archived id=(\S+) tries=([0-9]+) seconds=[0-9]+\.[0-9]{3} keys=(\S+)$"
     found = re.findall(pattern, daemon.log(), re.MULTILINE)
     return sorted((id_, int(tries), keys.split(",")) for id_, tries, keys in found)
 
@@ -202,26 +293,26 @@ def test_a_line_for_each_archived_alert(new_daemon, api, s3, version, prefix):
 
 @pytest.mark.parametrize("step", ["webhooks", "backfill"])
 def test_the_line_names_also_what_another_process_has_written(new_daemon, api, s3, step):
-    """And in a queue of before there was a note of that."""
-    daemon = new_daemon(start=False, server__wait="0")
-    with contextlib.closing(sqlite3.connect(daemon.queue)) as db:
-        db.executescript(f"PRAGMA journal_mode = WAL;{ts3d.Queue.SCHEMA}")
-    with contextlib.closing(ts3d.Queue(str(daemon.queue), 1 << 20)) as queue_:
-        queue_.put([ts3d.Arrival("abcd", "2026/11/24/18/00", step, b"{}")])
-    api.modes["abcd"] = 500
-    daemon.start()
-    until(lambda: lines(daemon, "try 2 follows"))
+    daemon = new_daemon(server__wait="0")
+    id_ = f"{step}-of-its-own"  # rclone remembers for minutes what was in the bucket
+    api.modes[id_] = 500
+    if step == "webhooks":
+        daemon.post({"alerts": [alert(0, id=id_)]})
+    else:
+        api.lists["active"] = [threatstack.entry(id_, alert(0)["created_at"], version=1)]
+        assert daemon.run("backfill", "--from", "2017-01-17").returncode == 0
+    until(lambda: s3.objects(step) and lines(daemon, "alert failed, will be retried"))
     daemon.stop()
     assert archived(daemon) == []
     api.modes.clear()
     daemon.start()
     [(_, _, keys)] = until(lambda: archived(daemon))
-    assert keys == [f"{step}/2026/11/24/18/00/abcd", "alerts/ab/cd/abcd"]
+    assert keys == [f"{step}/2017/01/17/13/51/{id_}", f"alerts/{id_[:2]}/{id_[2:4]}/{id_}"]
     assert sorted(keys) == sorted(s3.objects())
 
 
-def test_the_line_is_whole_where_threat_stack_is_busy(new_daemon, api):
-    """Workers that find no seat at Threat Stack give their alerts back after the first object."""
+def test_the_line_is_whole_where_threat_stack_is_slow(new_daemon, api):
+    """Of each alert the webhook is stored by one worker, and the detail by another."""
 
     def slow(handler):
         handler.server.released.wait(0.05)
@@ -241,7 +332,15 @@ def test_what_is_kept_of_a_refused_webhook(daemon, s3):
     [(id_, tries, keys)] = until(lambda: archived(daemon))
     assert (tries, keys) == (1, list(s3.objects()))
     assert keys[0].startswith("rejected/") and keys[0].endswith(id_)
-    assert daemon.logged(f"POST {PATH} 400 .* kept={id_} ")
+    assert [line["status"] for line in requests(daemon)] == ["400"]
+
+
+def outcomes(daemon, head):
+    """The pairs of each line that begins so."""
+    return [pairs(line[24:].removeprefix(head)) for line in daemon.log().splitlines() if line[24:].startswith(head)]
+
+
+RETRIED, FAILED = "WARNING alert failed, will be retried", "ERROR alert marked failed"
 
 
 def test_the_tries_of_an_alert_that_fails(new_daemon, api):
@@ -249,22 +348,25 @@ def test_the_tries_of_an_alert_that_fails(new_daemon, api):
     daemon = new_daemon(server__wait="0")
     api.modes["alert-000000"] = 500
     daemon.post({"alerts": [alert(0)]})
-    tried = r"WARNING alert alert-000000: Threat Stack: 500 .*; try ([0-9]+) follows in [0-9]+\.[0-9] s$"
-    until(lambda: lines(daemon, tried))
+    [line] = until(lambda: outcomes(daemon, RETRIED))
+    assert re.fullmatch("Threat Stack.* 500 .*", line["error"])
+    assert (line["id"], line["tries"]) == ("alert-000000", "1")
+    assert 0 <= float(line["retry_seconds"]) <= 8
     api.modes.clear()
     [(_, tries, keys)] = until(lambda: archived(daemon))
-    numbers = [int(re.search(tried, line)[1]) for line in lines(daemon, tried)]
-    assert numbers == list(range(2, tries + 1))
+    assert [line["tries"] for line in outcomes(daemon, RETRIED)] == [str(n) for n in range(1, tries)]
     assert keys == ["webhooks/2017/01/17/13/51/alert-000000", "alerts/al/er/alert-000000"]
 
 
-def test_an_alert_that_is_given_up(new_daemon, api):
+def test_an_alert_that_is_marked_failed(new_daemon, api):
     daemon = new_daemon(server__wait="0", archive__give_up_after="0.1")
     api.modes["alert-000000"] = 404
     daemon.post({"alerts": [alert(0)]})
     until(lambda: daemon.health()["failed"])
-    [line] = lines(daemon, "failed for good")
-    assert re.search(r"ERROR alert alert-000000 failed for good after \d+ tries: Threat Stack \(not there yet", line)
+    [line] = outcomes(daemon, FAILED)
+    assert line["id"] == "alert-000000"
+    assert int(line["tries"]) >= 1
+    assert line["error"].startswith("Threat Stack: 404")
     assert archived(daemon) == []
 
 
@@ -273,33 +375,32 @@ def test_an_alert_that_is_given_up(new_daemon, api):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_outage_of_s3(new_daemon, s3):
-    daemon = new_daemon(server__wait="0", archive__workers="8")
-    s3.stop()
-    for n in range(10):
-        daemon.post({"alerts": [alert(n * 10 + i) for i in range(10)]})
-    until(lambda: daemon.logged("s3 is held"))
-    s3.start()
-    until(lambda: is_at_rest(daemon), 40)
-    [begin, end] = lines(daemon, "s3 is")
-    assert re.search("WARNING s3 is held: S3 .*Could not connect", begin)
-    assert re.search("WARNING s3 is back after [0-9]+ s$", end)
-    assert not daemon.logged("threatstack is")
-
-
-@pytest.mark.parametrize("mode", [503, 401])
-def test_an_outage_of_threat_stack(new_daemon, api, mode):
+@pytest.mark.parametrize(
+    ("upstream", "mode", "says"),
+    [
+        ("s3", None, "S3: .*http://127.0.0.1:"),
+        ("threatstack", 503, "Threat Stack: 503 "),
+        ("threatstack", 401, "Threat Stack: 401 "),
+    ],
+)
+def test_an_outage(new_daemon, s3, api, upstream, mode, says):
+    """Two lines, however many alerts and probes fail meanwhile; those are shown at DEBUG."""
     daemon = new_daemon(server__wait="0", archive__workers="8")
     api.mode = mode
+    if upstream == "s3":
+        s3.stop()
     for n in range(10):
         daemon.post({"alerts": [alert(n * 10 + i) for i in range(10)]})
-    until(lambda: daemon.logged("threatstack is held"))
+    until(lambda: daemon.logged(f"{upstream} unavailable"))
+    until(lambda: daemon.health()["oldest_seconds"] > 3)
+    assert len(lines(daemon, "will be retried")) < 20
     api.mode = None
+    if upstream == "s3":
+        s3.start()
     until(lambda: is_at_rest(daemon), 40)
-    [begin, end] = lines(daemon, "threatstack is")
-    assert re.search(f"WARNING threatstack is held: Threat Stack.*: {mode} ", begin)
-    assert re.search("WARNING threatstack is back after [0-9]+ s$", end)
-    assert not daemon.logged("s3 is")
+    [begin, end] = lines(daemon, "(unavailable|recovered)")
+    assert re.search(f"WARNING {upstream} unavailable: {says}", begin)
+    assert re.search(f"WARNING {upstream} recovered after [0-9]+ s$", end)
 
 
 def test_a_queue_that_is_full(new_daemon, s3):
@@ -308,11 +409,10 @@ def test_a_queue_that_is_full(new_daemon, s3):
     statuses = [daemon.post({"alerts": [alert(n, text="x" * 30_000)]})[0] for n in range(20)]
     assert statuses.count(503) > 3
     s3.start()
-    until(lambda: daemon.logged("the queue takes webhooks again"), 40)
-    pattern = "webhooks are answered|takes webhooks again"
-    [begin, end] = lines(daemon, pattern)
-    assert "ERROR the queue is full: [queue] max_size is 307200 bytes; webhooks are answered 503" in begin
-    assert end.endswith("WARNING the queue takes webhooks again")
+    until(lambda: is_at_rest(daemon), 40)
+    refused = [line for line in requests(daemon) if line["status"] == "503"]
+    assert len(refused) == statuses.count(503)
+    assert {(line["level"], "full" in line["error"]) for line in refused} == {("WARNING", True)}
 
 
 def test_a_disk_that_fails(new_daemon, tracer):
@@ -320,9 +420,9 @@ def test_a_disk_that_fails(new_daemon, tracer):
     with tracer(daemon, "inject=fdatasync:error=EIO"):
         assert {daemon.post({"alerts": [alert(n)]})[0] for n in range(5)} == {503}
     until(lambda: daemon.request("GET", "/healthz")[0] == 200)
-    [begin, end] = lines(daemon, "the queue (fails|works)")
-    assert re.search("ERROR the queue fails: disk I/O error; webhooks are answered 503$", begin)
-    assert end.endswith("WARNING the queue works again")
+    refused = [line for line in requests(daemon) if line["status"] == "503"]
+    assert len(refused) >= 5
+    assert "disk I/O error" in refused[0]["error"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,19 +440,20 @@ def in_journal(daemon):
 
 def test_priorities_for_the_journal(new_daemon, api):
     daemon = in_journal(new_daemon(start=False, server__wait="0", log__level="DEBUG", archive__give_up_after="0.1"))
-    daemon.queue.write_bytes(b"no database" * 1000)
     api.modes["alert-000000"] = 404
     daemon.start()
-    daemon.post({"alerts": [alert(0)]})
-    until(lambda: daemon.health()["failed"])
+    daemon.post({"alerts": [alert(0), alert(2)]})
+    until(lambda: daemon.health()["failed"] and archived(daemon))
+    daemon.request("POST", f"/{PATH}")
     api.mode = 401
     daemon.post({"alerts": [alert(1)]})
-    until(lambda: daemon.logged("held"))
+    until(lambda: daemon.logged("unavailable"))
     log = daemon.log().splitlines()
     assert [line for line in log if not re.match("<[2-7]>[a-zA-Z]", line)] == []
     for start in (
-        *("<2>the queue was malformed", "<3>alert alert-000000 failed for good", "<4>threatstack is held"),
-        *("<6>ts3d ", f"<6>POST {PATH} 200", "<7>GET http://", "<7>put_object "),
+        *("<3>alert marked failed id=alert-000000 ", "<4>threatstack unavailable: ", f"<4>POST /{PATH} 404 "),
+        *("<6>ts3d ", f"<6>POST {PATH} 200 ", "<6>archived id=alert-000002 "),
+        *("<7>GET /healthz 200 ", "<7>s3 ", "<7>threatstack "),
     ):
         assert [line for line in log if line.startswith(start)], start
 
@@ -393,9 +494,9 @@ def test_the_level(new_daemon, api, level, said):
 # Each call, at DEBUG
 # ---------------------------------------------------------------------------------------------------------------------
 
-SESSION = "aws-session-token-that-nobody-may-see"
-SECRETS = [TOKEN, "metrics-secret", threatstack.KEY, AWS["AWS_SECRET_ACCESS_KEY"], SESSION, 'mac="', "Hawk id"]
-CALLS = r"(GET|put_object|head_object|list_objects_v2|get_caller_identity) .* seconds=[0-9]+\.[0-9]{3}$"
+SESSION, METRICS = "aws-session-token-that-no-log-may-have", "the-token-of-the-metrics"
+SECRETS = [TOKEN, METRICS, threatstack.KEY, AWS["AWS_SECRET_ACCESS_KEY"], SESSION, 'mac="', "Hawk id"]
+CALL = r" DEBUG (s3|threatstack) (?!still unavailable)"
 
 
 @pytest.fixture
@@ -405,18 +506,12 @@ def talkative(new_daemon, api):
     def make(version, **options):
         if version == 2:
             options = {"threatstack__base_url": f"{api.url}/v2", **HAWK, **options}
-        options = {"log__level": "DEBUG", "server__metrics_token": "metrics-secret", "server__wait": "0", **options}
+        options = {"log__level": "DEBUG", "server__metrics_token": METRICS, "server__wait": "0", **options}
         daemon = new_daemon(start=False, s3__endpoint_url=api.url, **options)
         daemon.environment["AWS_SESSION_TOKEN"] = SESSION
         return daemon
 
     return make
-
-
-def calls(text):
-    """Each call that is shown: what it is and its outcome, in its order, with nothing of the place."""
-    found = [match for line in text.splitlines() if (match := re.search(CALLS, line))]
-    return [re.sub(r"http://[^/]+| seconds=.*", "", match[0]) for match in found]
 
 
 def assert_silent(text, version):
@@ -428,19 +523,12 @@ def assert_silent(text, version):
 def test_each_call_of_the_daemon(talkative, api, version):
     daemon = talkative(version).start()
     daemon.post({"alerts": [alert(0)]})
-    until(lambda: archived(daemon))
-    api_path = f"/{'api/v1' if version == 1 else 'v2'}/alerts/alert-000000"
-    detail, events = threatstack.detail("alert-000000"), threatstack.events("alert-000000")
-    shown = [f"put_object {BUCKET}/webhooks/2017/01/17/13/51/alert-000000 200 request=None"]
-    if version == 2:
-        shown.append(f"GET {api_path}/events 200 bytes={len(events)}")
-        shown.append(f"put_object {BUCKET}/events/al/er/alert-000000 200 request=None")
-    shown.append(f"GET {api_path} 200 bytes={len(detail)}")
-    shown.append(f"put_object {BUCKET}/alerts/al/er/alert-000000 200 request=None")
-    assert calls(daemon.log()) == shown
+    [(_, _, keys)] = until(lambda: archived(daemon))
+    shown = lines(daemon, CALL)
+    assert len(shown) == {1: 3, 2: 5}[version]
+    for part in (*keys, "/alerts/alert-000000"):
+        assert [line for line in shown if part in line], part
     assert_silent(daemon.log(), version)
-    levels = {line.split()[2] for line in daemon.log().splitlines() if re.search(CALLS, line)}
-    assert levels == {"DEBUG"}
 
 
 def echo(handler):
@@ -454,52 +542,24 @@ def test_calls_that_fail(talkative, api, version):
     api.mode = echo
     daemon = talkative(version).start()
     daemon.post({"alerts": [alert(0), alert(1), alert(2)]})
-    until(lambda: daemon.logged("s3 is held"))
-    failed = until(lambda: calls(daemon.log()))
-    assert re.fullmatch(rf"put_object {BUCKET}/webhooks/\S+ s3_500", failed[0])
+    until(lambda: daemon.logged("s3 unavailable"))
     api.mode = lambda handler: handler.succeed("x") if handler.command == "PUT" else echo(handler)
-    until(lambda: daemon.logged("threatstack is held"), 40)
-    assert [call for call in calls(daemon.log()) if re.fullmatch(r"GET \S+/alerts/\S+ threatstack_500", call)]
+    until(lambda: daemon.logged("threatstack unavailable"), 40)
     assert_silent(daemon.log(), version)
 
 
-WHO = b"""<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><GetCallerIdentityResult>
-<Arn>arn:aws:iam::123456789012:user/ts3d</Arn></GetCallerIdentityResult></GetCallerIdentityResponse>"""
-
-
 @pytest.mark.parametrize("version", [1, 2])
-def test_each_call_of_check(talkative, monkeypatch, version):
-    monkeypatch.setattr(threatstack.Handler, "do_POST", lambda handler: handler.send(200, WHO), raising=False)
-    result = talkative(version).run("check")
-    who, put, *api = calls(result.stderr)
-    assert who == "get_caller_identity arn:aws:iam::123456789012:user/ts3d"
-    assert put == f"put_object {BUCKET}/ts3d-check 200 request=None"
-    assert [re.sub(r"&from.* 200", " 200", call) for call in api] == {
-        1: ["GET /api/v1/alerts?count=1 200 bytes=4"],
-        2: ["GET /help/hawk/self-test 200 bytes=11", "GET /v2/alerts?status=active 200 bytes=30"],
-    }[version]
-    assert_silent(result.stdout + result.stderr, version)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_each_call_of_backfill(talkative, api, version):
-    """The lists, and the looks at what is there."""
-    milliseconds = int(datetime(2026, 11, 1, tzinfo=timezone.utc).timestamp() * 1000)
+def test_commands_at_debug_show_no_secret(talkative, api, version):
+    milliseconds = int(datetime(2026, 11, 1, tzinfo=UTC).timestamp() * 1000)
     api.lists["active"] = [threatstack.entry("alert-000000", milliseconds, version)]
-    daemon = talkative(version)
-    daemon.start()
-    result = daemon.run("backfill", "--from", "2026-10-31", "--until", "2026-11-02")
-    assert result.stdout == "backfill: 1 listed, 0 there already, 1 queued\n", result
-    shown = calls(result.stderr)
-    lists = [call for call in shown if call.startswith("GET")]
-    assert len(lists) == 2  # a page and an empty one, or active and dismissed
-    for call in lists:
-        assert re.fullmatch(r"GET /\S+/alerts\?\S*2026-10-31T00%3A00%3A00.000Z\S* 200 bytes=[0-9]+", call), call
-    assert f"head_object {BUCKET}/alerts/al/er/alert-000000 s3_404" in shown
-    assert [call for call in shown if call.startswith(f"list_objects_v2 {BUCKET}/ ")]
+    daemon = talkative(version).start()
+    for arguments in (["check"], ["backfill", "--from", "2026-10-31", "--until", "2026-11-02"]):
+        result = daemon.run(*arguments)
+        assert result.returncode == 0, result
+        assert_silent(result.stdout + result.stderr, version)
     until(lambda: archived(daemon))
     assert archived(daemon)[0][2][0] == "backfill/2026/11/01/00/00/alert-000000"
-    assert_silent(result.stdout + result.stderr + daemon.log(), version)
+    assert_silent(daemon.log(), version)
 
 
 def test_at_info_no_call_is_shown(talkative, api):
@@ -508,17 +568,15 @@ def test_at_info_no_call_is_shown(talkative, api):
         handler.succeed("x") if handler.command == "PUT" else handler.send(500, b"")
     )
     daemon.post({"alerts": [alert(0)]})
-    until(lambda: lines(daemon, "try 2 follows"))
+    until(lambda: lines(daemon, "will be retried"))
     api.modes.clear()
     until(lambda: archived(daemon))
     for text in (daemon.log(), daemon.run("check").stderr, daemon.run("backfill").stderr):
-        assert calls(text) == []
         assert "DEBUG" not in text
 
 
-def test_a_handshake_that_fails_is_shown(new_daemon, tmp_path):
-    pem = tmp_path / "server.pem"
-    trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
-    daemon = new_daemon(log__level="DEBUG", server__tls_certificate=pem, server__tls_key=pem)
-    talk(daemon, b"GET / HTTP/1.1\r\n\r\n")
-    until(lambda: daemon.logged(r"DEBUG connection closed client=\('127.0.0.1', \d+\): .*HTTP_REQUEST"))
+def test_a_handshake_that_fails_is_shown(new_daemon, certificate):
+    daemon = new_daemon(log__level="DEBUG", **certificate.options)
+    with contextlib.suppress(ConnectionError):
+        talk(daemon, b"GET / HTTP/1.1\r\n\r\n")
+    until(lambda: daemon.logged(r"DEBUG .*127\.0\.0\.1.*HTTP_REQUEST"))

@@ -1,5 +1,9 @@
 """The queue: what was answered 200 survives, and what it cannot keep is answered 503."""
 
+import contextlib
+import errno
+import os
+import random
 import re
 import shutil
 import sqlite3
@@ -12,6 +16,10 @@ import pytest
 from conftest import alert, until
 
 import ts3d
+
+
+def job(name, body=None, source="webhooks"):
+    return ts3d.Job(name, "2017/01/17/13/51", source, source, name.encode() if body is None else body)
 
 
 def test_archived_is_there_when_it_is_said(new_daemon, s3):
@@ -60,12 +68,46 @@ def test_a_malformed_queue_is_moved_aside(new_daemon, s3):
         daemon.queue.write_bytes(content)
         begin = len(daemon.log())
         daemon.start()
-        assert daemon.logged("CRITICAL the queue was malformed", begin)
+        assert daemon.logged("CRITICAL .*malformed", begin)
         assert daemon.health()["queued"] == 0
-        kept = max(daemon.folder.glob("queue.db.malformed-*"), key=lambda path: path.stat().st_mtime)
+        kept = max(daemon.folder.glob("queue.db.malformed-*Z"), key=lambda path: path.stat().st_mtime)
         assert kept.read_bytes() == content
         daemon.stop()
     assert len(list(daemon.folder.glob("queue.db.malformed-*Z"))) == 3
+
+
+@pytest.mark.parametrize("renames", [None, 1, 2, 3])
+def test_a_malformed_queue_is_moved_aside_in_an_order_that_survives_a_kill(new_daemon, renames):
+    """The write-ahead log goes first: SQLite would write it into whatever file has the name afterwards."""
+    if not shutil.which("strace"):
+        pytest.skip("no strace")
+    daemon = new_daemon(archive__workers="0", server__wait="0")
+    for n in range(50):
+        daemon.post({"alerts": [alert(n, text="x" * 9000)]})
+    with contextlib.closing(sqlite3.connect(daemon.queue)) as db:
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    daemon.post({"alerts": [alert(50, text="x" * 9000)]})
+    daemon.kill()
+    log = daemon.folder / "queue.db-wal"
+    os.truncate(daemon.queue, 5000)  # such a file SQLite leaves as it is when it is closed, and its log beside it
+    before = {daemon.queue.read_bytes(), log.read_bytes()}
+    trace, calls = daemon.folder / "trace", "rename,renameat,renameat2"
+    inject = ["-e", f"inject={calls}:signal=KILL:when={renames}"] if renames else []
+    command = ["strace", "-D", "-f", "-o", trace, "-e", f"trace={calls}", *inject, *daemon.command("serve")]
+    begin = len(daemon.log())
+    with daemon.log_file.open("ab") as log_file:
+        process = subprocess.Popen(command, env=daemon.environment, stderr=log_file)
+    until(lambda: process.poll() is not None or daemon.logged("listens on", begin), 30, "start")
+    process.terminate()
+    process.wait(20)
+    if renames is None:
+        moved = re.findall(rf'rename\w*\((?:AT_FDCWD, )?"{daemon.queue}(-\w+)?"', trace.read_text())
+        assert moved.index("-wal") < moved.index(""), moved
+    daemon.start()
+    assert daemon.post({"alerts": [alert(60)]})[0] == 200
+    assert daemon.health()["queued"] == 1
+    kept = {path.read_bytes() for path in daemon.folder.glob("queue.db*malformed*")}
+    assert before <= kept, "both files are kept as they were"
 
 
 def test_sqlite3_shows_what_can_still_be_read(new_daemon):
@@ -98,7 +140,7 @@ def test_a_file_that_is_not_ours_is_refused(new_daemon, sql):
 def test_another_process_puts_jobs(new_daemon, s3):
     daemon = new_daemon()
     queue = ts3d.Queue(str(daemon.queue), 1 << 30)
-    queue.put([ts3d.Arrival("elsewhere", "2017/01/17/13/51", "webhooks", b"{}")])
+    queue.put([job("elsewhere")])
     queue.close()
     until(lambda: len(s3.objects()) == 2, 5)
     until(lambda: daemon.health()["queued"] == 0)
@@ -114,106 +156,129 @@ def test_a_webhook_that_no_queue_could_take_says_nothing_of_others(new_daemon):
 def test_only_the_daemon_makes_a_queue(tmp_path):
     with pytest.raises(ts3d.ConfigError, match="no queue yet"):
         ts3d.Queue(str(tmp_path / "queue.db"), 1 << 30)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def queue(tmp_path):
-    queue = ts3d.Queue(str(tmp_path / "queue.db"), 1 << 30, create=True)
+    queue = ts3d.Queue(str(tmp_path / "queue.db"), 1 << 30, "s3://evidence/")
     yield queue
     queue.close()
 
 
-def arrivals(*names):
-    return [ts3d.Arrival(name, "2017/01/17/13/51", "webhooks", name.encode()) for name in names]
+def committed(queue):
+    """What is queued and failed, after a transaction, with which all outcomes are written."""
+    queue.retry([])
+    return queue.facts["queued"], queue.facts["failed"]
 
 
 def test_what_is_queued_with_an_id_is_not_read_whole_for_another_body(queue):
-    queue.put([ts3d.Arrival("same", "2017/01/17/13/51", "webhooks", bytes([n]) * 1_000_000) for n in range(40)])
+    queue.put([job("same", bytes([n]) * 1_000_000) for n in range(40)])
     tracemalloc.start()
     try:
-        assert queue.put(arrivals("same")) == [41]
+        assert queue.put([job("same")]) == [41]
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
 
 
-def test_order_and_steps(queue):
-    queue.put(arrivals("one", "two", "three"))
-    one, two = queue.take(["webhooks"], 2)
-    assert (one.id, two.id, queue.taken()) == ("one", "two", 2)
-    assert queue.body(two) == b"two"
+def test_lanes_steps_and_outcomes(queue):
+    """A job goes on at its step, behind those that are due earlier; what became of it is seen before it is on disk."""
+    queue.put([job("one"), job("two"), job("three")])
+    one, two = queue.take("store", 2)
+    assert [(each.id, each.body) for each in (one, two)] == [("one", b""), ("two", b"")], "bodies stay on disk"
     one.step = "alerts"
-    queue.retry(one)
-    assert [job.id for job in queue.take(["webhooks"], 9)] == ["three"]
-    assert [job.id for job in queue.take(["alerts"], 9)] == ["one"]
-    queue.retry(two, time.monotonic() + 60, "{}")
-    assert queue.take(["webhooks", "alerts"], 9) == []
-    queue.retry(one, 0, '{"type": "x"}', failed=True)
-    queue.done(two)
-    queue.prove_writable()  # a transaction, with which both are written
-    assert queue.counts()[:2] == (1, 1)
-    assert queue.states([1, 2, 3]) == {1: ("alerts", '{"type": "x"}'), 3: ("webhooks", None)}
+    queue.settle(one)
+    assert [each.id for each in queue.take("store", 9)] == ["three"]
+    assert [(each.id, each.step) for each in queue.take("detail", 9)] == [("one", "alerts")]
+    two.due = time.monotonic() + 60
+    queue.settle(two)
+    assert queue.take("store", 9) == queue.take("detail", 9) == []
+    one.failed, one.error_type, one.error_message = True, "x", "because"
+    queue.settle(one)
+    assert queue.errors([1, 2, 3, 4]) == {1: {"type": "x", "message": "because"}, 2: None, 3: None}
+    two.done = True
+    queue.settle(two)
+    assert queue.errors([2]) == {}
+    assert committed(queue) == (1, 1)
+    assert queue.errors([1, 2, 3]) == {1: {"type": "x", "message": "because"}, 3: None}
+    assert queue.retry(["one", "three", "four"]) == {"one": 1, "three": 0, "four": 0}
+    assert committed(queue) == (2, 0)
+    assert [each.id for each in queue.take("detail", 9)] == ["one"]
 
 
 def test_one_that_failed_goes_behind_those_that_did_not(queue):
-    queue.put(arrivals("bad", "good"))
-    (bad,) = queue.take(["webhooks"], 1)
-    queue.retry(bad, time.monotonic(), "{}")
-    assert [job.id for _ in range(2) for job in queue.take(["webhooks"], 1)] == ["good", "bad"]
+    queue.put([job("bad"), job("good")])
+    (bad,) = queue.take("store", 1)
+    bad.due = time.monotonic()
+    queue.settle(bad)
+    assert [each.id for _ in range(2) for each in queue.take("store", 1)] == ["good", "bad"]
 
 
-def test_every_answer_that_waits_for_a_job_is_woken(queue):
-    (number,) = queue.put(arrivals("one"))
-    (job,) = queue.take(["webhooks"], 1)
-    states = []
-    waiters = [
-        threading.Thread(target=lambda s=seconds: states.append(queue.wait([number], s, lambda: False)))
-        for seconds in (0.1, 60, 60)
-    ]
-    for thread in waiters:
-        thread.start()
-    waiters[0].join()
-    assert states == [{number: ("webhooks", None)}]
-    queue.done(job)
-    for thread in waiters:
-        thread.join(10)
-    assert states[1:] == [{}, {}]
-    assert queue.wait([number], 60, lambda: False) == {}
+def test_a_taken_job_is_due_again_after_a_crash(queue, tmp_path):
+    queue.put([job("taken"), job("put-off")])
+    _, put_off = queue.take("store", 2)
+    put_off.step, put_off.due, put_off.tries = "alerts", time.monotonic() + 9999, 3
+    queue.settle(put_off)
+    committed(queue)
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{tmp_path}/queue.db{suffix}", f"{tmp_path}/copy.db{suffix}")
+    with contextlib.closing(ts3d.Queue(str(tmp_path / "copy.db"), 1 << 30, "s3://evidence/")) as copy:
+        assert [each.id for each in copy.take("store", 9)] == ["taken"]
+        assert [(each.id, each.tries) for each in copy.take("detail", 9)] == [("put-off", 3)]
 
 
-def test_take_sorts_nothing(queue):
-    sql = "SELECT number FROM jobs WHERE failed = 0 AND step = 'x' AND due <= 1 ORDER BY due, number LIMIT 9"
-    plan = str(queue._reader.execute("EXPLAIN QUERY PLAN " + sql).fetchall())
-    assert "jobs_by_due" in plan
-    assert "TEMP" not in plan
+def test_take_sorts_nothing_and_the_counts_scan_nothing(queue):
+    for sql, values in ((queue.TAKE, ("store", 1, 9)), (queue.LOOK, ())):
+        plan = str([tuple(row) for row in queue._reader.execute(f"EXPLAIN QUERY PLAN {sql}", values)])
+        assert "TEMP" not in plan
+        assert "SCAN jobs'" not in plan
+    assert "jobs_by_lane" in str([tuple(r) for r in queue.read(f"EXPLAIN QUERY PLAN {queue.TAKE}", "store", 1, 9)])
+
+
+def test_counts_are_those_of_the_rows(queue):
+    """However jobs come and go; another process's commits are counted too."""
+    rng = random.Random(5)
+    for n in range(40):
+        queue.put([job(f"id-{n}-{i}") for i in range(rng.randrange(4))])
+        for each in queue.take("store", 3):
+            each.done, each.failed = rng.choice([(True, False), (False, True), (False, False)])
+            each.due = time.monotonic() + 9 * rng.random()
+            queue.settle(each)
+        if n % 9 == 8:
+            queue.retry([""])
+    ((total, failed),) = queue.read("SELECT count(*), coalesce(sum(failed), 0) FROM jobs") if committed(queue) else ()
+    assert committed(queue) == (total - failed, failed)
 
 
 def test_numbers_are_not_used_again(queue):
-    (number,) = queue.put(arrivals("one"))
-    (job,) = queue.take(["webhooks"], 1)
-    queue.done(job)
-    assert queue.put(arrivals("two"))[0] > number
+    (number,) = queue.put([job("one")])
+    (one,) = queue.take("store", 1)
+    one.done = True
+    queue.settle(one)
+    assert queue.put([job("two")])[0] > number
 
 
 def test_a_checkpoint_keeps_the_log_small(queue, tmp_path):
     for n in range(60):
-        queue.put([ts3d.Arrival(f"id-{n}", "2017/01/17/13/51", "webhooks", b"x" * 500_000)])
+        queue.put([job(f"id-{n}", b"x" * 500_000)])
     assert (tmp_path / "queue.db-wal").stat().st_size < 8 << 20
-    queue.put([ts3d.Arrival("big", "2017/01/17/13/51", "webhooks", b"x" * 30_000_000)])
-    queue.put(arrivals("small"))
+    queue.put([job("big", b"x" * 30_000_000)])
+    queue.put([job("small")])
     assert (tmp_path / "queue.db-wal").stat().st_size < 8 << 20
 
 
 def test_requests_that_wait_share_a_commit(queue, monkeypatch):
     batches, commit, gate = [], queue._commit, threading.Event()
 
-    def commit_at_the_gate(writes):
-        batches.append(len(writes))
-        gate.wait(20)
-        commit(writes)
+    def commit_at_the_gate(requests):
+        if requests:
+            batches.append(len(requests))
+            gate.wait(20)
+        commit(requests)
 
     monkeypatch.setattr(queue, "_commit", commit_at_the_gate)
-    threads = [threading.Thread(target=queue.put, args=(arrivals(f"id-{n}"),)) for n in range(21)]
+    threads = [threading.Thread(target=queue.put, args=([job(f"id-{n}")],)) for n in range(21)]
     threads[0].start()
     until(lambda: batches)
     for thread in threads[1:]:
@@ -223,3 +288,29 @@ def test_requests_that_wait_share_a_commit(queue, monkeypatch):
     for thread in threads:
         thread.join()
     assert batches == [1, 20]
+
+
+def test_outcomes_wait_for_a_commit_that_succeeds(queue, monkeypatch):
+    """And what was settled anew during a commit is not forgotten."""
+    queue.put([job("one"), job("two")])
+    begin, broken = queue._begin, [True]
+
+    def fail():
+        if broken[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        begin()
+
+    monkeypatch.setattr(queue, "_begin", fail)
+    one, two = queue.take("store", 2)
+    one.done, two.step = True, "alerts"
+    queue.settle(one)
+    queue.settle(two)
+    with pytest.raises(ts3d.QueueError, match="No space left"):
+        queue.put([job("three")])
+    assert queue.take("store", 9) == []
+    (two,) = queue.take("detail", 9)
+    two.failed = True
+    queue.settle(two)
+    broken[0] = False
+    assert committed(queue) == (0, 1)
+    assert queue.fatal is None

@@ -16,187 +16,123 @@ import ts3d
 GOOD = {"id": "587c0159a907346eccb84004", "created_at": 1484661065000}
 
 
-def judged(value):
-    (result,) = ts3d.read_webhook(json.dumps(value).encode())
-    return result
+BAD = [  # members of an alert, and what the message says of the first of them
+    *(({"id": id_}, "4 to 128") for id_ in (None, 12345, ["abcd"], "abc", "a" * 129, "", "....", "abcd%2e", "abcd\n")),
+    *(({"id": id_}, "4 to 128") for id_ in ("a/../../../x", "abcd\0", "abc\u00e9", "\u0661\u0662\u0663\u0664")),
+    ({"id": "\ud800\ud800\ud800\ud800"}, "4 to 128"),
+    ({"created_at": True}, "true"),
+    ({"created_at": None}, "null"),
+    ({"created_at": [1]}, "[1]"),
+    ({"created_at": {}}, "{}"),
+    *(
+        ({"created_at": value}, "1970 to 9999")
+        for value in (-1, 10**30, 253402300800000, "253402300800000", "9" * 5000)
+    ),
+    *(({"created_at": value}, "1970 to 9999") for value in ("1969-12-31T23:59:59Z", "1970-01-01T00:00:00+00:01")),
+    *(({"created_at": value}, "created_at") for value in ("", " 1459447024000", "+1459447024000", "1459447024000.5")),
+]
 
 
-@pytest.mark.parametrize(
-    ("members", "says"),
-    [
-        ({"id": None}, "id: "),
-        ({"id": 12345}, "id: "),
-        ({"id": ["abcd"]}, "id: "),
-        ({"id": "abc"}, "4 to 128"),
-        ({"id": "a" * 129}, "4 to 128"),
-        ({"id": ""}, "4 to 128"),
-        ({"id": "a/../../../x"}, "4 to 128"),
-        ({"id": "...."}, "4 to 128"),
-        ({"id": "abcd%2e"}, "4 to 128"),
-        ({"id": "abcd\n"}, "4 to 128"),
-        ({"id": "abcd\0"}, "4 to 128"),
-        ({"id": "abc\u00e9"}, "4 to 128"),
-        ({"id": "\u0661\u0662\u0663\u0664"}, "4 to 128"),
-        ({"id": "\ud800\ud800\ud800\ud800"}, "4 to 128"),
-        ({"created_at": True}, "created_at: true is neither"),
-        ({"created_at": None}, "created_at: null is neither"),
-        ({"created_at": [1]}, "created_at: [1] is neither"),
-        ({"created_at": {}}, "created_at: {} is neither"),
-        ({"created_at": -1}, "created_at: -1 is not within"),
-        ({"created_at": 10**30}, "is not within"),
-        ({"created_at": 253402300800000}, "is not within"),
-        ({"created_at": "253402300800000"}, "is not within"),
-        ({"created_at": "9" * 5000}, "is not within"),
-        ({"created_at": ""}, "is neither"),
-        ({"created_at": " 1459447024000"}, "is neither"),
-        ({"created_at": "+1459447024000"}, "is neither"),
-        ({"created_at": "1459447024000.5"}, "is neither"),
-        ({"created_at": "1_459_447_024_000"}, "is neither"),
-        (
-            {"created_at": "\u0661\u0664\u0665\u0669\u0664\u0664\u0667\u0660\u0662\u0664\u0660\u0660\u0660"},
-            "is neither",
-        ),
-        ({"created_at": "2017-01-17"}, "is neither"),
-        ({"created_at": "2017-01-17T13:51:05"}, "is neither"),
-        ({"created_at": "2017-02-29T13:51:05Z"}, "created_at"),
-        ({"created_at": "2017-01-17T24:00:00Z"}, "created_at"),
-        ({"created_at": "2017-01-17T13:51:61Z"}, "created_at"),
-        ({"created_at": "1969-12-31T23:59:59Z"}, "is not within"),
-        ({"created_at": "1970-01-01T00:00:00+00:01"}, "is not within"),
-        ({"created_at": "9999-12-31T23:59:59-00:01"}, "created_at"),
-        ({"created_at": "0000-01-01T00:00:00Z"}, "created_at"),
+def test_bad_alerts(new_daemon):
+    """The message names the member and the cause, and quotes little."""
+    daemon = new_daemon(archive__workers="0")
+    for name in GOOD:
+        status, answer = daemon.post({key: value for key, value in GOOD.items() if key != name})
+        assert status == 400
+        assert answer["alerts"][0]["error"]["message"].startswith(f"{name}: missing")
+        assert answer["alerts"][0].get("id") == (None if name == "id" else GOOD["id"])
+    status, answer = daemon.post({"alerts": [GOOD | members for members, _ in BAD]})
+    assert (status, answer["success"]) == (400, False)
+    for (members, says), alert_ in zip(BAD, answer["alerts"], strict=True):
+        assert alert_["state"] == "rejected"
+        message = alert_["error"]["message"]
+        assert says in message, (members, message)
+        assert next(iter(members)) in message
+        assert len(message) < 300
+
+
+def texts(*values):
+    return [f'"{value}"' for value in values]
+
+
+CREATED_AT = {  # minutes, and the literals that mean them; None: rejected
+    "1970/01/01/00/00": [
+        *("0", "-0", "-0.0e5", "1.5", "59.999", "0e999999999", "1e-999999999", "0." + "0" * 100_000 + "1"),
+        *texts("1970-01-01T00:00:00Z", "0", "000000000000000000059"),
     ],
-    ids=lambda value: str(value)[:60],
-)
-def test_a_bad_alert(members, says):
-    result = judged(GOOD | members)
-    assert isinstance(result, ts3d.Rejected)
-    assert says in result.message
-    assert next(iter(members)) in result.message
-    assert len(result.message) < 300
-
-
-@pytest.mark.parametrize("missing", ["id", "created_at"])
-def test_a_missing_member(missing):
-    result = judged({name: value for name, value in GOOD.items() if name != missing})
-    assert result.message == f"{missing}: missing"
-    assert result.id == (None if missing == "id" else GOOD["id"])
-
-
-@pytest.mark.parametrize(
-    ("created_at", "minute"),
-    [
-        ("0", "1970/01/01/00/00"),
-        ("-0", "1970/01/01/00/00"),
-        ("-0.0e5", "1970/01/01/00/00"),
-        ("1.5", "1970/01/01/00/00"),
-        ("59999.999", "1970/01/01/00/00"),
-        ("6e4", "1970/01/01/00/01"),
-        ("600000E-1", "1970/01/01/00/01"),
-        ("1.484661065e+12", "2017/01/17/13/51"),
-        ("14846610650000000000000e-10", "2017/01/17/13/51"),
-        ("253402300799999", "9999/12/31/23/59"),
-        ('"253402300799999"', "9999/12/31/23/59"),
-        ('"1484661065000"', "2017/01/17/13/51"),
-        ('"\\u0031484661065000"', "2017/01/17/13/51"),
-        ('"0001484661065000"', "2017/01/17/13/51"),
-        ("253402300800000", None),
-        ("-1", None),
-        ("-0.5", None),
-        ("1E400", None),
-        ("-1E400", None),
-        ("1e999999999", None),
-        ("1e" + "9" * 100_000, None),
-        ("9" * 100_000, None),
-        ("-" + "9" * 100_000, None),
-        ('"' + "9" * 100_000 + '"', None),
-        ("1484661065000." + "9" * 100_000, "2017/01/17/13/51"),
-        ("0." + "0" * 100_000 + "1", "1970/01/01/00/00"),
-        ("1" + "0" * 100_000 + "e-99988", "2001/09/09/01/46"),
-        ("0e999999999", "1970/01/01/00/00"),
-        ("1e-999999999", "1970/01/01/00/00"),
-        *(
-            (f'"{text}"', None)
-            for text in ("1e3", "1.5", "-0", "-1", "0x10", "1 ", "1\\n", "NaN", "Infinity", "null", "")
-        ),
-        *(
-            (f'"{text}"', None)
-            for text in ("١٤٨٤", "१४८४", "１４８４", "²", "Ⅷ", "1４84", "\\u0661\\u0664", "1\\u0000")
-        ),
-        ('"2016-12-31T23:59:60Z"', "2016/12/31/23/59"),  # a leap second
-        ('"1990-12-31T15:59:60-08:00"', "1990/12/31/23/59"),
-        ('"2016-12-31T23:59:60.5Z"', "2016/12/31/23/59"),
-        ('"2017-01-17t13:51:05z"', "2017/01/17/13/51"),
-        ('"2017-01-17 13:51:05Z"', "2017/01/17/13/51"),
-        ('"2017-01-17T13:51:05-00:00"', "2017/01/17/13/51"),
-        ('"2017-01-17T00:51:05+01:00"', "2017/01/16/23/51"),
-        ('"2017-01-17T13:51:05+23:59"', "2017/01/16/13/52"),
-        ('"2017-01-17T13:51:05-23:59"', "2017/01/18/13/50"),
-        ('"2017-01-17T13:51:05.123456789012345678901234567890Z"', "2017/01/17/13/51"),
-        ('"2016-02-29T00:00:00Z"', "2016/02/29/00/00"),
-        ('"9999-12-31T23:59:60Z"', "9999/12/31/23/59"),
-        ('"1970-01-01T00:00:00Z"', "1970/01/01/00/00"),
-        ('"2017-01-17T13:51:05\\u005a"', "2017/01/17/13/51"),
-        *(
-            (f'"{text}"', None)
-            for text in (
-                *("2017-01-17T24:00:00Z", "2017-02-30T00:00:00Z", "2017-02-29T00:00:00Z", "2017-13-01T00:00:00Z"),
-                *("2017-00-01T00:00:00Z", "2017-01-00T00:00:00Z", "2017-01-32T00:00:00Z", "0000-01-01T00:00:00Z"),
-                *(
-                    "2017-01-17T13:60:00Z",
-                    "2017-01-17T13:51:61Z",
-                    "2017-01-17T13:51:05+24:00",
-                    "2017-01-17T13:51:05+00:60",
-                ),
-                *(
-                    "2017-01-17T13:51:05",
-                    "2017-01-17T13:51:05+01",
-                    "2017-01-17T13:51:05+0100",
-                    "2017-01-17T13:51:05+1:00",
-                ),
-                *(
-                    "2017-01-17T13:51:05.Z",
-                    "2017-01-17T13:51:05,5Z",
-                    "2017-01-17T13:51Z",
-                    "20170117T135105Z",
-                    "2017-01-17",
-                ),
-                *(
-                    "17-01-17T13:51:05Z",
-                    "2017-1-17T13:51:05Z",
-                    "2017-W03-2T13:51:05Z",
-                    "2017-017T13:51:05Z",
-                    "+2017-01-17",
-                ),
-                *(" 2017-01-17T13:51:05Z", "2017-01-17T13:51:05Z ", "2017-01-17T13:51:05Z\\n", "2017-01-17_13:51:05Z"),
-                *(
-                    "٢٠١٧-01-17T13:51:05Z",
-                    "2017-01-17T1３:51:05Z",
-                    "2017-01-17T13:51:0５Z",
-                    "2017-01-17T13:51:05.５Z",
-                    "2017-01-17T13:51:05ZZ",
-                    "2017-01-17T13:51:05 Z",
-                ),
-                *(
-                    "2017−01−17T13:51:05Z",
-                    "2017-01-17T13:51:05−01:00",
-                    "12017-01-17T13:51:05Z",
-                    "-2017-01-17T13:51:05Z",
-                ),
-                *("1969-12-31T23:59:60Z", "9999-12-31T23:59:59-00:01", "0001-01-01T00:00:00+00:01"),
-            )
-        ),
-        *((text, None) for text in ("true", "false", "null", "[]", "[0]", "{}", '{"id": "abcd", "created_at": 0}')),
+    "1970/01/01/00/01": ["6e1", "6000E-2", '"60"'],
+    # Seconds below 10^11, from there on milliseconds.
+    "2025/11/28/03/20": [
+        "1764300000",
+        "1764300000.999",
+        "1.7643e9",
+        '"1764300000"',
+        "1764300000000",
+        '"1764300000000"',
     ],
-    ids=lambda value: str(value)[:40],
-)
-def test_created_at(created_at, minute):
-    (result,) = ts3d.read_webhook(b'{"id": "abcd", "created_at": %s}' % created_at.encode())
-    if minute:
-        assert result.minute == minute
-    else:
-        assert result.message.startswith("created_at: ")
-        assert len(result.message) < 300
+    "5138/11/16/09/46": ["99999999999", "99999999999.9", '"99999999999"'],
+    "1973/03/03/09/46": ["100000000000", "1e11", '"100000000000"'],
+    "2001/09/09/01/46": ["1000000000", "1" + "0" * 100_000 + "e-99988"],
+    "9999/12/31/23/59": [
+        "253402300799999",
+        *texts("253402300799999", "9999-12-31T23:59:59.999Z", "9999-12-31T23:59:60Z"),
+    ],
+    "2017/01/17/13/51": [
+        *("1484661065000", "1.484661065e+12", "14846610650000000000000e-10", "1484661065000." + "9" * 100_000),
+        *texts("1484661065000", "\\u0031484661065000", "0001484661065000", "2017-01-17T13:51:05\\u005a"),
+        *texts("2017-01-17T13:51:05Z", "2017-01-17t13:51:05z", "2017-01-17 13:51:05Z", "2017-01-17T13:51:05-00:00"),
+        *texts("2017-01-17T13:51:05.123456789012345678901234567890Z", "2017-01-17T13:51:05.9+00:00"),
+        # UTC without a zone, and zones in every form of ISO 8601
+        *texts("2017-01-17T13:51:05", "2017-01-17 13:51:05.5", "2017-01-17T13:51", "2017-01-17T13:51:05+0000"),
+        *texts("2017-01-17T13:51:05+00", "2017-01-17T14:51:05+01", "2017-01-17T05:51:05-0800", "2017-01-17T19:21+0530"),
+        *texts("2017-01-18T13:50:05+23:59", "2017-01-16T13:52:05-23:59"),
+    ],
+    "2016/12/31/23/59": texts("2016-12-31T23:59:60Z", "2016-12-31T15:59:60-08:00", "2016-12-31T23:59:60.5"),
+    "2016/02/29/00/00": texts("2016-02-29T00:00:00Z", "2016-02-29T00:00:00"),
+    None: [
+        *("253402300800000", "-1", "-0.5", "1E400", "-1E400", "1e999999999", "1e" + "9" * 100_000, "9" * 100_000),
+        *(
+            "-" + "9" * 100_000,
+            '"' + "9" * 100_000 + '"',
+            "true",
+            "false",
+            "null",
+            "[]",
+            "[0]",
+            "{}",
+            '{"created_at": 0}',
+        ),
+        *texts("1e3", "1.5", "-0", "-1", "0x10", "1 ", "1\\n", "NaN", "Infinity", "null", "", "1\\u0000"),
+        *texts("١٤٨٤", "१४८४", "１４８４", "²", "Ⅷ", "1４84", "\\u0661\\u0664"),
+        *texts("2017-02-30T00:00:00Z", "2017-02-29T00:00:00", "2017-13-01T00:00:00Z", "2017-00-01T00:00:00Z"),
+        *texts("2017-01-00T00:00:00Z", "2017-01-32T00:00:00Z", "0000-01-01T00:00:00Z", "2017-01-17T25:00:00Z"),
+        *texts("2017-01-17T13:60:00Z", "2017-01-17T13:51:61Z", "2017-01-17T13:51:05+24:00", "2017-01-17T13:51:05+1:00"),
+        *texts("17-01-17T13:51:05Z", "2017-1-17T13:51:05Z", "+2017-01-17T13:51:05Z", "12017-01-17T13:51:05Z"),
+        *texts(" 2017-01-17T13:51:05Z", "2017-01-17T13:51:05Z ", "2017-01-17T13:51:05Z\\n", "2017-01-17T13:51:05ZZ"),
+        *texts("٢٠١٧-01-17T13:51:05Z", "2017-01-17T1３:51:05Z", "2017-01-17T13:51:0５Z", "2017-01-17T13:51:05.５Z"),
+        *texts("2017−01−17T13:51:05Z", "2017-01-17T13:51:05−01:00", "-2017-01-17T13:51:05Z", "2017-01-17T13:51:05 CET"),
+        *texts("1969-12-31T23:59:59", "9999-12-31T23:59:59-00:01", "0001-01-01T00:00:00+00:01"),
+    ],
+}
+
+
+def test_created_at(new_daemon, s3):
+    daemon = new_daemon(archive__workers="24", server__wait="0")
+    cases = [(minute, text) for minute, values_ in CREATED_AT.items() for text in values_]
+    ids = [f"case-{n:04}" for n in range(len(cases))]
+    body = ",".join(f'{{"id": "{id_}", "created_at": {text}}}' for id_, (_, text) in zip(ids, cases, strict=True))
+    status, answer = daemon.post(f'{{"alerts": [{body}]}}'.encode())
+    assert status == 200
+    keys = set()
+    for id_, (minute, text), alert_ in zip(ids, cases, answer["alerts"], strict=True):
+        assert (alert_["id"], alert_["state"] == "rejected") == (id_, minute is None), (text[:60], alert_)
+        if minute:
+            keys.add(f"webhooks/{minute}/{id_}")
+        else:
+            assert "created_at: " in alert_["error"]["message"]
+            assert len(alert_["error"]["message"]) < 300
+    until(lambda: len(s3.objects("alerts/")) == len(keys))
+    assert set(s3.objects("webhooks/")) == keys
 
 
 def test_too_many_alerts():
@@ -213,13 +149,13 @@ def test_a_member_there_twice_is_ambiguous():
         b'{"id": "abcd", "created_at": 0, "\\u0069d": null}',
     ):
         (result,) = ts3d.read_webhook(text)
-        assert result.message == "id: there twice"
+        assert str(result) == "id: there twice"
     (result,) = ts3d.read_webhook(b'{"id": "abcd", "created_at": 0, "created\\u005Fat": 0}')
-    assert result.message == "created_at: there twice"
+    assert str(result) == "created_at: there twice"
     for name in (b"alerts", b"\\u0061lerts", b"alert\\u0073"):
         with pytest.raises(ts3d.Malformed, match="alerts: there twice"):
             ts3d.read_webhook(b'{"alerts": [], "%s": [1]}' % name)
-    with pytest.raises(ts3d.Malformed, match="one alert, or many"):
+    with pytest.raises(ts3d.Malformed, match="one alert"):
         ts3d.read_webhook(b'{"\\u0069d": "abcd", "created_at": 0, "\\u0061lerts": []}')
     other = (
         b'{"id": "abcd", "created_at": 0, "Id": 1, "ID": 2, "id\\u0000": 3, "\\ufeffid": 4, "x": {"id": 5, "id": 6}}'
@@ -228,7 +164,7 @@ def test_a_member_there_twice_is_ambiguous():
 
 
 def test_what_is_no_number_names_its_member():
-    with pytest.raises(ts3d.Malformed, match="created_at: NaN is no JSON number"):
+    with pytest.raises(ts3d.Malformed, match="created_at: NaN is "):
         ts3d.read_webhook(b'{"alerts": [{"id": "abcd", "created_at": NaN}]}')
 
 
@@ -240,225 +176,53 @@ def test_escaped_names_and_values_are_read():
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
-        b" ",
-        b"{",
-        b"nonsense",
-        b"[]",
-        b"null",
-        b'"alerts"',
-        b'{"alerts": {}}',
-        b'{"id": "abcd", "created_at": 0, "alerts": []}',
-        b'{"alerts": null}',
-        b'{"alerts": []} x',
-        b'{"alerts": [],}',
-        b'{"alerts": [,]}',
-        b"{'alerts': []}",
-        b'\xef\xbb\xbf{"alerts": []}',
-        b'\xff\xfe{\x00"\x00',
-        b'{"alerts": ["\xff"]}',
-        b'{"alerts": ["\xed\xa0\x80"]}',
-        b'{"alerts": ["\xc0\xaf"]}',
-        b'{"alerts": [{"id": "abcd", "created_at": NaN}]}',
-        b'{"alerts": [{"id": "abcd", "created_at": -Infinity}]}',
-        b'{"alerts": [{"id": "abcd", "created_at": 01}]}',
-        b'{"alerts": [{"id": "abcd", "created_at": +1}]}',
-        b'{"alerts": [{"id": "abcd", "created_at": 1.}]}',
-        b'{"alerts": [{"id": "abcd", "created_at": .1}]}',
-        b'{"alerts": [{"id": "abcd", "created_at": 0x1}]}',
-        b'{"alerts": [{"id": "abcd\n", "created_at": 1}]}',
-        b'{"alerts": ["\\x41"]}',
-        b'{"alerts": ["\\u12"]}',
-        b'{"alerts": []}\x0c',
-        b'{"alerts":\xc2\xa0[]}',
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
+        *(b"", b" ", b"{}", b"[]", b"null", b'"alerts"', b'{"alerts": {}}', b'{"alerts": null}', b'{"alerts": []} x'),
+        *(b'{"id": "abcd", "created_at": 0, "alerts": []}', b'{"alerts": []}\x0c', b'{"alerts":\xc2\xa0[]}'),
         b'{"alerts": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
     ids=lambda body: repr(body[:40]),
 )
 def test_no_webhook_at_all(body):
     with pytest.raises(ts3d.Malformed) as error:
-        ts3d.read_webhook(body)
+        results = ts3d.read_webhook(body)
+        raise results[0]
     assert len(str(error.value)) < 200
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '\t{ "x" : [ ] ,\r\n %s } ',
-        '{"x": "\\ud800 \\u0000 \\"]}", %s}',
-        '{"x": -0.0e-0, %s}',
-        '{"x": 1e400, %s}',
-        '{"x": "\U0001f512\u2028", %s}',
-        '{"": {"id": 1, "alerts": [{}]}, %s}',
-        '{"x": ' + "9" * 100_000 + ", %s}",
-        '{"x": ' + "[" * 100 + "]" * 100 + ", %s}",
-        '{"x": 1, "x": 2, %s}',
-    ],
-    ids=lambda text: text[:20],
-)
-def test_what_is_allowed_is_kept_byte_for_byte(text):
-    members = '"id": "abcd" , "created_at":0'
-    text = text % members
-    for body in (text, '{"n": [NULL, {"alerts": 1}],"alerts":[%s,%s]}'.replace("NULL", "null") % (text, text)):
-        for result in ts3d.read_webhook(body.encode()):
-            assert result.body == text.strip(" \t\r\n").encode()
 
 
 # RFC 8259: what may stand in the place of a value, …
 ALLOWED = [
     # literals, numbers
     *("null", "true", "false", "0", "-0", "1", "-1", "10", "123456789012345678901234567890", "0.0", "-0.0", "0.1e1"),
-    *(
-        "1e1",
-        "1E1",
-        "1e+1",
-        "1e-1",
-        "1E+01",
-        "0e0",
-        "0E-0",
-        "-0e+0",
-        "1.0E+2",
-        "1e400",
-        "-1E400",
-        "1e-400",
-        "1e999999999",
-    ),
+    *"1e1 1E1 1e+1 1e-1 1E+01 0e0 0E-0 -0e+0 1.0E+2 1e400 -1E400 1e-400 1e999999999".split(),
     *("1.797693134862315808e308", "0." + "3" * 400, "-" + "9" * 5000, "9" * 100_000, "-1." + "9" * 100_000),
     *("1e" + "9" * 100_000, "0e-" + "0" * 100_000),
     # strings
-    *(
-        '""',
-        '" "',
-        '"a"',
-        '"\\""',
-        '"\\\\"',
-        '"\\/"',
-        '"/"',
-        '"\\b\\f\\n\\r\\t"',
-        '"\\u0000"',
-        '"\\u001F"',
-        '"\\u0022"',
-    ),
+    *r'"" "a" "\"" "\\" "\/" "/" "\b\f\n\r\t" "\u0000" "\u001F" "\u0022"'.split(),
+    *('" "',),
     *('"\\u005C"', '"\\uAbCd"', '"\\ud83d\\ude00"', '"\\uD83D\\uDE00"', '"\x7f"', '"\x80"', '"\x85"', '"\u2028\u2029"'),
-    *(
-        '"é"',
-        '"🔒"',
-        '"\ufeff"',
-        '"\ufffe"',
-        '"\uffff"',
-        '"\ufdd0"',
-        '"\ue000"',
-        '"\U0010ffff"',
-        '"\\\\u0000"',
-        '"\\\\\\""',
-    ),
+    *r'"é" "🔒" "\\u0000" "\\\""'.split(),
+    *('"\ufeff"', '"\ufffe"', '"\uffff"', '"\ufdd0"', '"\ue000"', '"\U0010ffff"'),
     *('"[{\\"id\\": 1}]"', '"]}"', '"//"', '"/**/"', '"' + "x" * 100_000 + '"', '"' + "\\u0000" * 1000 + '"'),
     # lone surrogates, escaped: "unpredictable", and allowed (section 8.2)
-    *(
-        '"\\ud800"',
-        '"\\udfff"',
-        '"\\ud800\\ud800"',
-        '"\\ude00\\ud83d"',
-        '"\\ud83dx\\ude00"',
-        '"\\ud800\\n"',
-        '"a\\uDC00"',
-    ),
+    *r'"\ud800" "\udfff" "\ud800\ud800" "\ude00\ud83d" "\ud83dx\ude00" "\ud800\n" "a\uDC00"'.split(),
     # arrays, objects, blanks
-    *(
-        "[]",
-        "[ ]",
-        "[\t\n\r ]",
-        "[[]]",
-        "[null]",
-        "[1,2]",
-        "[ 1 , 2 ]",
-        "[\n1\n,\r2]",
-        '[[], {}, "", 0, [null]]',
-        "[[[]]]",
-    ),
-    *(
-        "{}",
-        "{ }",
-        "{\t\n\r }",
-        '{"a":1}',
-        '{ "a" : 1 , "b" : 2 }',
-        '{"":0}',
-        '{"a":{"a":{}}}',
-        '{"a":1,"a":2}',
-        '{"a":1,"a":1}',
-    ),
-    *(
-        '{"\\u0000":0}',
-        '{"\\ud800":0}',
-        '{"\\ud800":{"\\udc00":"\\ud800"}}',
-        '{"a\\"]}":0}',
-        '{"alerts":[{}]}',
-        '{"\ufeff":0}',
-    ),
+    *"[] [[]] [null] [1,2] [[[]]]".split(),
+    *("[ ]", "[\t\n\r ]", "[ 1 , 2 ]", "[\n1\n,\r2]", '[[], {}, "", 0, [null]]'),
+    *'{} {"a":1} {"":0} {"a":{"a":{}}} {"a":1,"a":2} {"a":1,"a":1}'.split(),
+    *("{ }", "{\t\n\r }", '{ "a" : 1 , "b" : 2 }'),
+    *r'{"\u0000":0} {"\ud800":0} {"\ud800":{"\udc00":"\ud800"}} {"a\"]}":0} {"alerts":[{}]}'.split(),
+    *('{"\ufeff":0}',),
     *('{"é":1,"e\u0301":2}', '{"__proto__":{}}', '{"id":1,"\\u0069d":2,"created_at":NULL}'.replace("NULL", "null")),
     *("[" * 500 + "]" * 500, '{"a":' * 400 + "0" + "}" * 400, "[" + "[],{}," * 1000 + "0]"),
 ]
 # … and what may not.
 FORBIDDEN = [
     # literals, numbers
-    *(
-        "",
-        "nul",
-        "nulll",
-        "Null",
-        "NULL",
-        "True",
-        "TRUE",
-        "tru",
-        "fals",
-        "undefined",
-        "None",
-        "nil",
-        "a",
-        "é",
-        "🔒",
-        "\\u0061",
-    ),
-    *(
-        "NaN",
-        "-NaN",
-        "nan",
-        "Infinity",
-        "-Infinity",
-        "+Infinity",
-        "inf",
-        "Inf",
-        "-inf",
-        "01",
-        "-01",
-        "00",
-        "-00",
-        "+1",
-        "++1",
-        "+0",
-    ),
-    *(
-        "-",
-        "--1",
-        "- 1",
-        ".1",
-        "-.1",
-        "1.",
-        "-1.",
-        "1.e1",
-        ".",
-        "1e",
-        "1e+",
-        "1e-",
-        "1E",
-        "e1",
-        "1ee1",
-        "1e1.5",
-        "1.1.1",
-        "1 000",
-    ),
+    *r"nul nulll Null NULL True TRUE tru fals undefined None nil a é 🔒 \u0061".split(),
+    *("",),
+    *"NaN -NaN nan Infinity -Infinity +Infinity inf Inf -inf 01 -01 00 -00 +1 ++1 +0".split(),
+    *"- --1 .1 -.1 1. -1. 1.e1 . 1e 1e+ 1e- 1E e1 1ee1 1e1.5 1.1.1".split(),
+    *("- 1", "1 000"),
     *(
         "0x1",
         "0X1",
@@ -479,113 +243,23 @@ FORBIDDEN = [
     ),
     *("\u0661", "\uff11", "1\u0661", "-\uff11", "²", "1²", "½", "−1", "1e\uff11", "1.\u0661", "∞"),
     # strings
-    *(
-        '"',
-        '"a',
-        "'a'",
-        "''",
-        "`a`",
-        '"\\"',
-        '"\\',
-        '"\\a"',
-        '"\\v"',
-        '"\\0"',
-        '"\\1"',
-        '"\\x41"',
-        '"\\\'"',
-        '"\\U00000041"',
-    ),
-    *(
-        '"\\u"',
-        '"\\u0"',
-        '"\\u00"',
-        '"\\u004"',
-        '"\\u004g"',
-        '"\\u 041"',
-        '"\\u+041"',
-        '"\\u-041"',
-        '"\\u0_41"',
-        '"\\u{41}"',
-    ),
-    *(
-        '"\\u004\uff11"',
-        '"\\u\u0660\u0660\u0664\u0661"',
-        '"\\ud800\\u"',
-        '"\\ud800\\udc0"',
-        '"\\é"',
-        '"\\\n"',
-        '"a""b"',
-        '"a" "b"',
-    ),
+    *r'''" "a 'a' '' `a` "\" "\ "\a" "\v" "\0" "\1" "\x41" "\'" "\U00000041"'''.split(),
+    *r'"\u" "\u0" "\u00" "\u004" "\u004g" "\u+041" "\u-041" "\u0_41" "\u{41}"'.split(),
+    *('"\\u 041"',),
+    *r'"\u004１" "\u٠٠٤١" "\ud800\u" "\ud800\udc0" "\é" "a""b"'.split(),
+    *('"\\\n"', '"a" "b"'),
     *(f'"{chr(control)}"' for control in range(32)),
     *(f"[{chr(control)}]" for control in range(32) if chr(control) not in "\t\n\r"),
     *('"\\\x00"', '{"\x00":0}', '{"a\x1f":0}', '"a\x00b"', "\x00", "1\x00", "nu\x00ll"),
     # arrays, objects, blanks
-    *(
-        "[",
-        "]",
-        "[[",
-        "[]]",
-        "[,]",
-        "[1,]",
-        "[,1]",
-        "[1,,2]",
-        "[1 2]",
-        "[1;2]",
-        "[1:2]",
-        '["a":1]',
-        "[1",
-        "[1,",
-        "(1)",
-        "[1)",
-        "[1}",
-    ),
-    *(
-        "{",
-        "}",
-        "{{}}",
-        "{}}",
-        "{,}",
-        '{"a"}',
-        '{"a":}',
-        '{"a" 1}',
-        '{"a"::1}',
-        '{"a",1}',
-        '{"a":1,}',
-        '{,"a":1}',
-        '{"a":1,,"b":2}',
-    ),
-    *(
-        '{"a":1 "b":2}',
-        '{"a":1',
-        '{"a":',
-        '{"a"',
-        '{"a":1]',
-        "{a:1}",
-        "{'a':1}",
-        "{1:1}",
-        "{null:1}",
-        "{[]:1}",
-        '{"a":1;"b":2}',
-        "{:1}",
-    ),
-    *(
-        '{"a"=1}',
-        '{"a":1:2}',
-        "{...}",
-        "[...]",
-        "/**/1",
-        "1/**/",
-        "//\n1",
-        "# 1",
-        "1 // 1",
-        "<a>",
-        "*",
-        "[*]",
-        "[\\n]",
-        "@",
-        "$",
-    ),
+    *'[ ] [[ []] [,] [1,] [,1] [1,,2] [1;2] [1:2] ["a":1] [1 [1, (1) [1) [1}'.split(),
+    *("[1 2]",),
+    *'{ } {{}} {}} {,} {"a"} {"a":} {"a"::1} {"a",1} {"a":1,} {,"a":1} {"a":1,,"b":2}'.split(),
+    *('{"a" 1}',),
+    *"""{"a":1 {"a": {"a" {"a":1] {a:1} {'a':1} {1:1} {null:1} {[]:1} {"a":1;"b":2} {:1}""".split(),
+    *('{"a":1 "b":2}',),
+    *r'{"a"=1} {"a":1:2} {...} [...] /**/1 1/**/ <a> * [*] [\n] @ $'.split(),
+    *("//\n1", "# 1", "1 // 1"),
     *(
         "\xa0" + "1",
         "1\x0c",
@@ -612,20 +286,10 @@ PLACES = [  # beside, in an alert, deeper in it, in a bare one
     '{"alerts": [{"id": "abcd", "created_at": 0, "x": %s}]}',
     '{"alerts": [{"x": [{"y": %s}], "id": "abcd", "created_at": 0}], "n": 0}',
     '\r\n{"id": "abcd", "x":\t%s , "created_at": 0}\t',
+    '\t{ "x" : %s ,\r\n"id": "abcd" , "created_at":0, "x": {"id": 1, "alerts": [{}]} } ',
 ]
 INVALID_UTF_8 = [
-    *(
-        b"\xff",
-        b"\xfe",
-        b"\x80",
-        b"\xbf",
-        b"\xc3",
-        b"\xe2\x82",
-        b"\xf0\x9f\x94",
-        b"\xc0\xaf",
-        b"\xc1\xbf",
-        b"\xe0\x80\xaf",
-    ),
+    *(b"\xff", b"\xfe", b"\x80", b"\xbf", b"\xc3", b"\xe2\x82", b"\xf0\x9f\x94", b"\xc0\xaf", b"\xe0\x80\xaf"),
     *(b"\xf0\x80\x80\xaf", b"\xf8\x88\x80\x80\x80", b"\xf4\x90\x80\x80", b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xe9"),
     *(b"\xed\xa0\xbd\xed\xb8\x80", b"\xc0\x80", b"\xf5\x80\x80\x80"),
 ]
@@ -641,7 +305,7 @@ def test_what_rfc_8259_allows_is_taken_and_kept_byte_for_byte():
         for place in PLACES:
             body = (place % value).encode()
             (result,) = ts3d.read_webhook(body)
-            assert isinstance(result, ts3d.Arrival), short(value)
+            assert isinstance(result, ts3d.Job), short(value)
             assert result.body in body, short(value)
             assert value.encode() in result.body or place == PLACES[0], short(value)
             assert result.body[:1] + result.body[-1:] == b"{}"
@@ -662,15 +326,6 @@ def test_what_rfc_8259_forbids_is_refused():
             with pytest.raises(ts3d.Malformed, match="not JSON"):
                 raise AssertionError((short(value), place, ts3d.read_webhook((place % value).encode())))
     assert time.monotonic() - begin < 20
-
-
-def test_a_time_beyond_the_machines_own_is_refused_alone(monkeypatch):
-    def gmtime(seconds):
-        raise OverflowError("timestamp out of range for platform time_t")
-
-    monkeypatch.setattr(ts3d.time, "gmtime", gmtime)
-    (result,) = ts3d.read_webhook(b'{"alerts": [{"id": "abcd", "created_at": 9999999999999}]}')
-    assert "created_at" in result.message
 
 
 def test_what_is_not_utf_8_is_refused():
@@ -699,7 +354,7 @@ def test_nesting_is_judged_at_once_wherever_it_is(depth):
             except (ts3d.Malformed, RecursionError) as error:
                 assert depth > 800 and len(str(error)) < 200
             else:
-                assert all(result.body in body for result in results if isinstance(result, ts3d.Arrival))
+                assert all(result.body in body for result in results if isinstance(result, ts3d.Job))
                 assert depth < 100_000
     assert time.monotonic() - begin < 10
 
@@ -711,7 +366,7 @@ def test_long_numbers_cost_no_more_than_long_strings():
         begin = time.monotonic()
         for place in (*PLACES, '{"id": "abcd", "created_at": %s}', '{"id": %s, "created_at": 0}', '{"alerts": [%s]}'):
             (result,) = ts3d.read_webhook((place % value).encode())
-            assert isinstance(result, ts3d.Arrival) or len(result.message) < 200
+            assert isinstance(result, ts3d.Job) or len(str(result)) < 200
         assert time.monotonic() - begin < 2
 
 
@@ -732,13 +387,13 @@ def test_any_json_is_judged_alert_by_alert(elements, ascii_only, indent):
     results = ts3d.read_webhook(body)
     assert len(results) == len(elements)
     for element, result in zip(elements, results, strict=True):
-        if isinstance(result, ts3d.Arrival):
+        if isinstance(result, ts3d.Job):
             assert re.fullmatch("[A-Za-z0-9_-]{4,128}", result.id)
             assert re.fullmatch(r"\d{4}(/\d\d){4}", result.minute)
             assert result.body in body
             assert json.loads(result.body)["id"] == element["id"]
         else:
-            assert result.message
+            assert str(result)
 
 
 @settings(max_examples=500, deadline=None)

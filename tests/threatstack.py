@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
@@ -43,7 +43,7 @@ def entry(alert_id, milliseconds, version=2):
     """An alert as the list shows it, and the time by which that is asked for."""
     if version == 1:
         return milliseconds, b'{"id": "%s" ,"created_at":%d, "severity":2.0}' % (alert_id.encode(), milliseconds)
-    when = datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="milliseconds")
+    when = datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
     literal = b'{"id": "%s" ,"createdAt":"%s", "severity":2.0}'
     return milliseconds, literal % (alert_id.encode(), when.replace("+00:00", "Z").encode())
 
