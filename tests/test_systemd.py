@@ -64,7 +64,7 @@ def test_the_timer_closes_a_gap(machine):
     machine.run("systemctl start ts3d-backfill.service")
     until(lambda: f"alerts/mi/ss/{machine.MISSED}" in machine.objects(), 60, "alert that the API lists")
     said = machine.run("journalctl --no-pager --output=cat -u ts3d-backfill.service").stdout
-    assert "backfill: 1 listed, 0 archived already, 0 queued already, 1 queued," in said
+    assert re.search("backfill: 1 listed, 0 .*1 queued", said), said
     machine.run("systemctl start ts3d-backfill.service; ts3d backfill")
 
 
@@ -250,11 +250,13 @@ def test_a_full_disk_is_no_reason_for_a_restart(machine):
 
     begin = fed()
     until(lambda: fed() > begin + 5_000_000, 60, "watchdog that was fed for more than two of its periods")
-    health = json.loads(machine.run("curl -sS http://127.0.0.1:8080/healthz").stdout)
-    assert not health["success"]
-    assert "full" in health["error"]["message"] or "free" in health["error"]["message"]
+    answer = json.loads(machine.run("curl -sS http://127.0.0.1:8080/healthz").stdout)
+    assert not answer["success"]
+    assert re.search("full|free", answer["error"]["message"])
     assert machine.show("ts3d.service", "MainPID") == pid
     machine.run("rm /var/lib/private/ts3d/filler")
+    health = "curl -sS http://127.0.0.1:8080/healthz"
+    until(lambda: '"success": true' in machine.run(health).stdout, what="room")
     machine.archive(4)
     assert machine.show("ts3d.service", "MainPID") == pid
     machine.run("""
