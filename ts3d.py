@@ -20,6 +20,7 @@ Stack, S3, archiver, HTTP server, systemd, commands. README.md is the administra
 
 import base64
 import configparser
+import errno
 import fcntl
 import hashlib
 import hmac
@@ -933,7 +934,9 @@ class Queue:
 
     def _write_all(self) -> None:
         """Commit what waits, until the queue is closed. The writer thread."""
-        while not self._closing:
+        closing = False
+        while not closing:
+            closing = self._closing  # one more turn: what came before `close` is written
             expect_progress_within(LONGEST_TURN)
             requests = []
             with suppress(queue.Empty):
@@ -943,6 +946,7 @@ class Queue:
             # Once a second in any case: other processes write too.
             if requests or self._outcomes or monotonic() - self._looked_at > 1:
                 self._commit(requests)
+                self._checkpoint()
 
     def _commit(self, requests: list[tuple[Write, Future[Any]]]) -> None:
         """Write all outcomes and requests in one transaction."""
@@ -961,15 +965,15 @@ class Queue:
                     results.append((future.set_exception, error))
             self._db.execute("COMMIT")
             self._look()
-            self._checkpoint()
             if self.error:
                 warning("queue recovered")
             self.error = None
         except Exception as error:  # whatever it is, the requests must learn of it
             with suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
-            text, type_, outcomes = str(self._failure(error)), self._failure(error).type, []
-            results = [(future.set_exception, QueueError(text, type_)) for _, future in requests]
+            failure, outcomes, results = self._failure(error), [], []
+            for _, future in requests:  # an exception of its own for each thread
+                results.append((future.set_exception, QueueError(str(failure), failure.type)))
         if requests:
             self._proved_at = monotonic()
         with self._lock:
@@ -1028,16 +1032,24 @@ class Queue:
         self._looked_at = monotonic()
 
     def _checkpoint(self) -> None:
-        """Copy a large write-ahead log into the file. Raises sqlite3.Error.
+        """Copy a large write-ahead log into the file.
 
         Only the daemon does, while it holds the write lock: SQLite before 3.51.3 can lose a commit
         that races with another process's checkpoint. https://sqlite.org/wal.html#walresetbug
         """
-        if self.place and self._wal > WAL_SIZE:
+        if not self.place or self._wal <= WAL_SIZE:
+            return
+        try:
             self._begin()
             self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
             self._db.execute("ROLLBACK")
-            self._db.execute("PRAGMA user_version = 2")  # the next write begins the log anew
+            # A write begins the log anew and shortens its file: without one a queue that is full
+            # because of its log would stay full.
+            self._db.execute("PRAGMA user_version = 2")
+        except sqlite3.Error as error:
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            self._failure(error)
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -2056,25 +2068,32 @@ class Server:
             expect_progress_within(LONGEST_TURN)
             try:
                 sock, client = listener.accept()
-                start_thread("connection", self._serve, sock, client)
             except TimeoutError:
-                pass
-            except (OSError, RuntimeError) as error:  # no file or no thread is left
+                continue
+            except OSError as error:
                 debug("connection not accepted", error=error)
-                self._limit(0)
-                time.sleep(0.05)  # the socket stays readable, and this loop would spin
+                if error.errno != errno.ECONNABORTED:  # else no file or no memory is left
+                    self._limit(0)
+                    time.sleep(0.05)  # the socket stays readable, and this loop would spin
+                continue
+            # It is counted here: `stop` must not miss a connection whose thread has yet to begin.
+            connection: Any = DeadlineSocket(fileno=sock.detach())
+            try:
+                if self.config.tls:
+                    connection = self.config.tls.wrap_socket(
+                        connection, server_side=True, do_handshake_on_connect=False
+                    )
+                self.enter(connection, "idle")
+                self._limit(self.config.max_connections, connection)
+                start_thread("connection", self._serve, connection, client)
+            except (OSError, RuntimeError) as error:  # the client is gone, or no thread can start
+                debug("connection not served", error=error)
+                self._close(connection)
         listener.close()
 
-    def _serve(self, sock: socket.socket, client: Any) -> None:
+    def _serve(self, connection: Any, client: Any) -> None:
         """Serve a connection until it is closed. A connection's thread."""
-        connection: Any = DeadlineSocket(fileno=sock.detach())
         try:
-            if self.config.tls:
-                connection = self.config.tls.wrap_socket(
-                    connection, server_side=True, do_handshake_on_connect=False
-                )
-            self.enter(connection, "idle")
-            self._limit(self.config.max_connections, connection)
             connection.settimeout(self.config.request_timeout)
             connection.deadline = monotonic() + self.config.request_timeout
             if self.config.tls:
@@ -2085,6 +2104,10 @@ class Server:
             debug("connection closed", client=client, error=error)
         except Exception as error:  # a bug must not end more than this connection
             log_error(explain(error), client=client)
+        self._close(connection)
+
+    def _close(self, connection: Any) -> None:
+        """Close a connection and count it no longer."""
         with self._lock:
             self._phases.pop(connection, None)
         shut_down(connection, socket.SHUT_WR)
