@@ -2289,27 +2289,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_body(self, slot: ExitStack) -> bytes:
         """Read the body; `slot` holds a place among the large ones. Raises Refusal, OSError."""
-        limit, body = self.config.max_body, bytearray()
+        limit, received, pieces = self.config.max_body, 0, list[bytes]()
         if self.expects and self.unread and self.length <= limit:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         while True:
-            n = self.length - len(body)
+            n = self.length - received
             if self.chunked:
                 self.left = HEAD_BYTES
                 n = int(self.read_line(CHUNK_LINE, "a chunk's size is malformed")[1], 16)
             if not n:
                 break
-            total = len(body) + n
-            if total > limit:
+            if received + n > limit:
                 text = f"the body is over [server] max_body = {limit} bytes. Send less, or raise it"
                 raise Refusal(413, "too_large", text)
-            if total > SMALL_BODY >= len(body):
+            if received + n > SMALL_BODY >= received:
                 if not self.server.large_bodies.acquire(timeout=self.config.request_timeout / 2):
                     text = "eight large webhooks are being received. Send it again"
                     raise Refusal(503, "busy", text, "Retry-After: 1\r\n")
                 slot.callback(self.server.large_bodies.release)
-            body += self.rfile.read(n)
-            if len(body) < total:
+            pieces.append(self.rfile.read(n))
+            received += n
+            if len(pieces[-1]) < n:
                 raise ConnectionResetError("closed in the middle of a body")
             if self.chunked and self.rfile.read(2) != b"\r\n":
                 raise self.malformed("a chunk is longer than its size")
@@ -2317,7 +2317,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.read_fields()  # trailers
         self.unread = False
         self.server.enter(self.request, "answering")
-        return bytes(body)
+        return b"".join(pieces)  # of one piece this is no copy
 
     # Answering ------------------------------------------------------------------------------------
 

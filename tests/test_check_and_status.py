@@ -309,6 +309,15 @@ FAULTS = [
         ("429",),
     ),
     Fault("disk full", disk_full, "queue", ("16M",), "queue_full|disk_full", ("16M",), posted=503, queued=0),
+    Fault(
+        "clock wrong",
+        clock_wrong,
+        "clock",
+        ("S3", "Threat Stack", "7200", "ntp"),
+        "threatstack_(clock|unauthorized)",
+        ("clock",),
+        options=threatstack.HAWK,
+    ),
     Fault("poisoned alert", poisoned, None, (), "threatstack_500", ("1 queued", "alert-000000"), queued=1),
 ]
 

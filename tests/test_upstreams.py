@@ -15,6 +15,7 @@ import socket
 import ssl
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -778,3 +779,23 @@ def test_how_long_an_upstream_asks_to_be_left_alone(monkeypatch, headers, second
         monkeypatch.undo()
         time.tzset()
     assert error.retry_after == seconds
+
+
+@pytest.mark.parametrize("source", ["details", "events"])
+def test_hostile_answers_are_parsed_one_at_a_time(new_daemon, s3, api, source):
+    """Each of 8M, of a kind that takes twenty-five times as much when it is parsed; they come at the same moment."""
+    more = {"threatstack__base_url": f"{api.url}/v2", **threatstack.HAWK} if source == "events" else {}
+    daemon = new_daemon(server__wait="0", **more)
+    together = threading.Barrier(12)
+
+    def answer(handler):
+        start = b'{"id": "%s", "x": [' % handler.path.removesuffix("/events").rpartition("/")[2].encode()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(5)
+        handler.send(200, start + b"[]," * (((8 << 20) - len(start) - 4) // 3) + b"[]]}")
+
+    names = [alert(n)["id"] for n in range(24)] if source == "details" else ["events"]
+    api.modes = dict.fromkeys(names, answer)
+    daemon.post({"alerts": [alert(n) for n in range(24)]})
+    until(lambda: len(s3.objects("alerts/")) == 24, 90, "details")
+    assert peak_memory(daemon) < 800 << 20  # the unit's MemoryMax is 1G
