@@ -182,7 +182,9 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     ("log.level", level, "INFO", "lowest level that is logged"),
 )
 OPTIONS = [Option(*name.split("."), *row) for name, *row in ROWS]
-PUT_OBJECT = "s3:put_object"  # this section's options are parameters of boto3's put_object
+PUT_OBJECT = (
+    "s3:put_object"  # this section's options are parameters of boto3's put_object
+)
 OWN_PARAMETERS = re.compile("Bucket|Key|Body|Content(Type|Length|MD5)|Checksum.*")
 ENVIRONMENT = {  # the tutorial's variables, by the option that each overrides
     "base_url": "THREATSTACK_BASE_URL",
@@ -216,7 +218,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def load_config(path: str) -> Config:
     """Read and check the configuration file and the environment. Raises ConfigError."""
     sections, folder = read_ini(path), dirname(os.path.abspath(path))
-    config = Config(file=path, tls=None, changed=[], put_object=sections.get(PUT_OBJECT, {}))
+    config = Config(
+        file=path, tls=None, changed=[], put_object=sections.get(PUT_OBJECT, {})
+    )
     config.secrets = join(folder, environ.get("CREDENTIALS_DIRECTORY") or "secrets")
     for option in OPTIONS:
         load_option(config, option, sections.get(option.section, {}))
@@ -265,7 +269,9 @@ def load_option(config: Config, option: Any, section: dict[str, str]) -> None:
 def refuse_quotes(text: str) -> None:
     """Raise ValueError for quotes and comments, which an INI file takes for parts of the value."""
     if fullmatch(r"(?s)\s*([\"']).*\1\s*|.*\s[#;].*", text):
-        raise ValueError("a value has no quotes around it and no comment behind it. Remove them")
+        raise ValueError(
+            "a value has no quotes around it and no comment behind it. Remove them"
+        )
 
 
 def require(config: Config, *names: str) -> None:
@@ -287,10 +293,14 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}. Name another file with -c FILE") from None
+        raise ConfigError(
+            f"{path}: {error.strerror}. Name another file with -c FILE"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-    except configparser.Error as error:  # its own text may quote the line, and so a secret
+    except (
+        configparser.Error
+    ) as error:  # its own text may quote the line, and so a secret
         line = getattr(error, "lineno", None) or getattr(error, "errors", [[1]])[0][0]
         raise ConfigError(
             f"{path}: line {line}: write each `option = value` once, below a [section]"
@@ -312,7 +322,9 @@ def check_names(path: str, section: str, options: Iterable[str]) -> None:
         raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, known)}")
     for name in options:
         if section == PUT_OBJECT and OWN_PARAMETERS.fullmatch(name):
-            raise ConfigError(f"{path}: [{section}] {name}: ts3d sets this itself. Remove it")
+            raise ConfigError(
+                f"{path}: [{section}] {name}: ts3d sets this itself. Remove it"
+            )
         if section != PUT_OBJECT and name not in known[section]:
             likely = nearest(name, known[section])
             # What does not look like a name may be a secret's second line that is not indented.
@@ -351,7 +363,9 @@ def start_log(lowest: str) -> None:
     """Log to standard error, from this level on."""
     handler = logging.StreamHandler()
     handler.format = log_line  # type: ignore[method-assign]
-    logging.raiseExceptions = False  # a log that cannot be written must not end what is logged
+    logging.raiseExceptions = (
+        False  # a log that cannot be written must not end what is logged
+    )
     # Other libraries from WARNING on: botocore's DEBUG lines have signatures and bodies.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(lowest.upper())
@@ -402,7 +416,14 @@ log_error = partial(log_event, logging.ERROR)
 
 def explain(error: BaseException) -> str:
     """Return an error in words; of an unexpected error also its lines in this file."""
-    expected = (ConfigError, QueueError, UpstreamError, ArgumentTypeError, OSError, RuntimeError)
+    expected = (
+        ConfigError,
+        QueueError,
+        UpstreamError,
+        ArgumentTypeError,
+        OSError,
+        RuntimeError,
+    )
     if isinstance(error, expected):
         return str(error)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
@@ -432,13 +453,19 @@ METRICS = {  # type and help, by name; https://prometheus.io/docs/practices/nami
     "ts3d_queue_disk_free_bytes": "gauge Free bytes for the queue; 503 below 16M.",
     "process_start_time_seconds": "gauge Start time of the process since the epoch.",
 }
-QUEUE_METRICS = [name for name in METRICS if name.startswith("ts3d_queue")]  # of Queue.facts
+QUEUE_METRICS = [
+    name for name in METRICS if name.startswith("ts3d_queue")
+]  # of Queue.facts
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
 # Values by sample, and by labels as Prometheus writes them. A rate needs the 0 before the 1.
 METRIC_VALUES: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 METRIC_VALUES["ts3d_webhooks_total"].update({f'{{status="{n}"}}': 0 for n in STATUSES})
-METRIC_VALUES["ts3d_retries_total"].update({'{upstream="s3"}': 0, '{upstream="threatstack"}': 0})
-METRIC_VALUES["ts3d_build_info"][f'{{version="{VERSION}",python="{sys.version.split()[0]}"}}'] = 1
+METRIC_VALUES["ts3d_retries_total"].update(
+    {'{upstream="s3"}': 0, '{upstream="threatstack"}': 0}
+)
+METRIC_VALUES["ts3d_build_info"][
+    f'{{version="{VERSION}",python="{sys.version.split()[0]}"}}'
+] = 1
 METRIC_VALUES["process_start_time_seconds"][""] = time.time()
 METRICS_LOCK = Lock()
 
@@ -523,12 +550,18 @@ def refuse_constant(name: str) -> None:
 
 # An object becomes a tuple of its members: a dict would hide a member that is there twice. Numbers
 # become floats: int() of 100,000 digits takes long.
-JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_int=float, parse_constant=refuse_constant)
-SEPARATORS = re.compile(r"[ \t\n\r,:]*")  # between the values of a text that is known to be JSON
+JSON = json.JSONDecoder(
+    object_pairs_hook=tuple, parse_int=float, parse_constant=refuse_constant
+)
+SEPARATORS = re.compile(
+    r"[ \t\n\r,:]*"
+)  # between the values of a text that is known to be JSON
 CONSTANT = re.compile(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)')
 MAX_ALERTS = 10_000  # in one webhook: each takes memory, and a place in the answer
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
-SECONDS_BELOW = 10**11  # a smaller `created_at` is seconds, not milliseconds: 10^11 ms is in 1973
+SECONDS_BELOW = (
+    10**11
+)  # a smaller `created_at` is seconds, not milliseconds: 10^11 ms is in 1973
 YEAR_10000 = 253_402_300_800  # seconds
 
 
@@ -587,13 +620,19 @@ def read_webhook(body: bytes) -> list[Job | Malformed]:
     try:
         for i, (_, alert, literal) in enumerate(literals(literal_of(text, "alerts"))):
             results.append(read_alert(literal, alert, f"alerts[{i}]"))
-    except RecursionError:  # at one exact depth the whole can be read, and its parts cannot
+    except (
+        RecursionError
+    ):  # at one exact depth the whole can be read, and its parts cannot
         raise Malformed("not JSON that ts3d reads: nested too deeply") from None
     return results
 
 
 def read_alert(
-    text: str, alert: Any, place: str = "", time_name: str = "created_at", source: str = "webhooks"
+    text: str,
+    alert: Any,
+    place: str = "",
+    time_name: str = "created_at",
+    source: str = "webhooks",
 ) -> Job | Malformed:
     """Return the job of one alert, given as text and value, or what is invalid in it.
 
@@ -631,11 +670,15 @@ def read_time(value: Any) -> float:
     if isinstance(value, str) and fullmatch("[0-9]+", value):
         value = float(value)
     if isinstance(value, str) and re.match("[0-9]{4}-[0-9]{2}-[0-9]{2}.", value):
-        text = re.sub("(:[0-9]{2}):60", r"\1:59", value.upper())  # RFC 3339, 5.7: a leap second
+        text = re.sub(
+            "(:[0-9]{2}):60", r"\1:59", value.upper()
+        )  # RFC 3339, 5.7: a leap second
         try:
             moment = datetime.fromisoformat(text)
         except ValueError:
-            raise ValueError("is not an ISO 8601 time such as 2026-11-24T18:00:07Z") from None
+            raise ValueError(
+                "is not an ISO 8601 time such as 2026-11-24T18:00:07Z"
+            ) from None
         value = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
     elif not isinstance(value, float):
         raise ValueError("is neither milliseconds since the epoch nor an ISO 8601 time")
@@ -655,11 +698,17 @@ def minute_of(moment: float) -> str:
 # Queue: what was acknowledged and is not archived yet, in one SQLite file
 # --------------------------------------------------------------------------------------------------
 
-MIN_DISK_FREE = 16 << 20  # bytes that webhooks leave free, so that there is room to drain the queue
+MIN_DISK_FREE = (
+    16 << 20
+)  # bytes that webhooks leave free, so that there is room to drain the queue
 WAL_SIZE = 4 << 20  # bytes of write-ahead log after which it is copied into the file
 LOCK_TIMEOUT = 5.0  # seconds to wait for another process's transaction
-MAX_OUTCOMES = 10_000  # outcomes that wait for the disk, before no more jobs are taken from it
-NOT_RUNNING = "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
+MAX_OUTCOMES = (
+    10_000  # outcomes that wait for the disk, before no more jobs are taken from it
+)
+NOT_RUNNING = (
+    "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
+)
 KNOWN_FAILURES = {  # text and type of a QueueError, by SQLite's name
     "SQLITE_BUSY": (
         "another program holds the queue's lock. Find it with fuser -v and end it",
@@ -758,7 +807,9 @@ class Queue:
     BODY = "SELECT body FROM jobs WHERE number = ?"
     ERRORS = """SELECT number, error_type AS type, error_message AS message FROM jobs
         WHERE number IN (SELECT value FROM json_each(?))"""
-    QUEUED = "SELECT id FROM jobs WHERE failed = 0 AND id IN (SELECT value FROM json_each(?))"
+    QUEUED = (
+        "SELECT id FROM jobs WHERE failed = 0 AND id IN (SELECT value FROM json_each(?))"
+    )
     # SQLite takes the bare columns from the row that min() finds.
     PROBLEMS = """SELECT error_type AS type, error_message AS message,
         strftime('%Y-%m-%dT%H:%M:%fZ', min(error_since), 'unixepoch') AS since,
@@ -795,9 +846,9 @@ class Queue:
             text = f"[queue] path = {path} cannot be opened or written: {error}"
             if not isinstance(error, QueueError):
                 text += (
-                    ". If there is no queue yet, start the daemon, which creates it; else name a "
+                    ". If there is no queue yet, start the daemon, which creates it; else name "
+                    "a file on a local disk, that this user may write, with 16M free"
                 )
-                text += "file on a local disk, that this user may write, with 16M free"
             raise ConfigError(text) from None
         self.writer = start_thread("queue", self._write_all)
 
@@ -806,10 +857,14 @@ class Queue:
         if self.place:
             self._lock_file = create_file(self.path + ".lock")
             if not try_lock(self._lock_file, fcntl.LOCK_EX):
-                raise QueueError("another `ts3d serve` uses this queue. Stop that one first")
+                raise QueueError(
+                    "another `ts3d serve` uses this queue. Stop that one first"
+                )
             create_file(self.path).close()
             self._recover()
-        self._db, self._reader, self._checkpointer = (connect(self.path) for _ in range(3))
+        self._db, self._reader, self._checkpointer = (
+            connect(self.path) for _ in range(3)
+        )
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if version != 2 and (version or tables or not self.place):
@@ -823,7 +878,9 @@ class Queue:
                 self._db.execute(statement, {"place": self.place})
         for db in (self._reader, self._checkpointer):
             db.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
-        self._inodes = [os.stat(self.path + suffix).st_ino for suffix in ("", "-wal", "-shm")]
+        self._inodes = [
+            os.stat(self.path + suffix).st_ino for suffix in ("", "-wal", "-shm")
+        ]
         self._look()
 
     def _recover(self) -> None:
@@ -883,7 +940,9 @@ class Queue:
         """
         return dict(
             self._write(
-                lambda db: {id_: db.execute(self.RETRY, {"id": id_}).rowcount for id_ in ids}
+                lambda db: {
+                    id_: db.execute(self.RETRY, {"id": id_}).rowcount for id_ in ids
+                }
             )
         )
 
@@ -919,7 +978,9 @@ class Queue:
                 f"{self._wal} bytes from being emptied. End that program"
             )
         if size + max(length, min(64 << 10, self.max_size // 16)) > self.max_size:
-            text = f"the queue is full: {size} of [queue] max_size = {self.max_size} bytes. "
+            text = (
+                f"the queue is full: {size} of [queue] max_size = {self.max_size} bytes. "
+            )
             text += f"Correct what keeps alerts from S3, or raise it{hint}"
             raise QueueError(text, "queue_full")
         if free < MIN_DISK_FREE + length:
@@ -956,7 +1017,9 @@ class Queue:
         try:
             self._begin()
             for job in outcomes:
-                sql = "DELETE FROM jobs WHERE number = :number" if job.done else self.UPDATE
+                sql = (
+                    "DELETE FROM jobs WHERE number = :number" if job.done else self.UPDATE
+                )
                 self._db.execute(sql, vars(job))
             for write, future in requests:
                 try:
@@ -973,7 +1036,9 @@ class Queue:
                 self._db.execute("ROLLBACK")
             failure, outcomes, results = self._failure(error), [], []
             for _, future in requests:  # an exception of its own for each thread
-                results.append((future.set_exception, QueueError(str(failure), failure.type)))
+                results.append(
+                    (future.set_exception, QueueError(str(failure), failure.type))
+                )
         if requests:
             self._proved_at = monotonic()
         with self._lock:
@@ -1068,7 +1133,11 @@ class Queue:
         """Take up to `n` jobs that are due, in the order of `due`. Raises QueueError."""
         with self._lock:
             now, rows = monotonic(), []
-            jobs = [replace(job) for job in self._outcomes.values() if not (job.done or job.failed)]
+            jobs = [
+                replace(job)
+                for job in self._outcomes.values()
+                if not (job.done or job.failed)
+            ]
             jobs = [job for job in jobs if job.lane == lane and job.due <= now]
             if len(self._outcomes) < MAX_OUTCOMES:
                 rows = self.read(self.TAKE, lane, now, n + len(self._taken))
@@ -1115,7 +1184,9 @@ class Queue:
         self._closing = True
         self._inbox.put(None)
         self.writer.join(limit)
-        if not self.writer.is_alive():  # else the disk hangs; what was acknowledged is on it
+        if (
+            not self.writer.is_alive()
+        ):  # else the disk hangs; what was acknowledged is on it
             for db in (self._reader, self._checkpointer, self._db):
                 db.close()
 
@@ -1123,7 +1194,9 @@ class Queue:
 def connect(path: str) -> Connection:
     """Open a connection to an existing file. Raises sqlite3.Error."""
     uri = f"file:{quote(path)}?mode=rw"
-    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0)
+    db = sqlite3.connect(
+        uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0
+    )
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
     db.execute("PRAGMA wal_autocheckpoint = 0").close()  # `_checkpoint` does it
@@ -1135,7 +1208,9 @@ def quick_check(path: str) -> str:
     """Return what SQLite finds malformed, or nothing. Raises sqlite3.Error for anything else."""
     try:
         with closing(connect(path)) as db:
-            return str(db.execute("PRAGMA quick_check(1)").fetchone()[0]).removeprefix("ok")
+            return str(db.execute("PRAGMA quick_check(1)").fetchone()[0]).removeprefix(
+                "ok"
+            )
     except sqlite3.Error as error:
         if re.match("SQLITE_(CORRUPT|NOTADB)", error.sqlite_errorname):
             return str(error)
@@ -1236,8 +1311,14 @@ ADVICE = (  # what to do, by type of error and its text; the first that matches 
     ),
     ("s3_(NoSuchBucket|InvalidBucketName)", "Correct [s3] bucket"),
     ("s3_RequestTimeTooSkewed", "Set this machine's clock: timedatectl set-ntp yes"),
-    ("s3_NotImplemented", "The store must accept SHA-256 checksums (x-amz-checksum-sha256)"),
-    ("s3_KMS", "Check SSEKMSKeyId and its key policy: an enabled symmetric key in the same region"),
+    (
+        "s3_NotImplemented",
+        "The store must accept SHA-256 checksums (x-amz-checksum-sha256)",
+    ),
+    (
+        "s3_KMS",
+        "Check SSEKMSKeyId and its key policy: an enabled symmetric key in the same region",
+    ),
     (
         "s3_(InvalidRequest|InvalidArgument|InvalidStorageClass)",
         "Check [s3:put_object]; for Object Lock prefer the bucket's default retention",
@@ -1295,7 +1376,9 @@ class UpstreamError(Exception):
         self.kind = kind_of_error(self.type, status)
         self.retry_after = min(retry_after(headers or {}), MAX_RETRY_AFTER)
         what = text[:400].rstrip(".")
-        super().__init__(printable(f"{TITLES[upstream]}: {what}. {advice(f'{self.type} {text}')}"))
+        super().__init__(
+            printable(f"{TITLES[upstream]}: {what}. {advice(f'{self.type} {text}')}")
+        )
 
 
 def retry_after(headers: Any) -> float:
@@ -1347,7 +1430,9 @@ class CircuitBreaker:
         self.config = config
         self.date: str | None = None  # HTTP's Date of the last answer
         self.error = partial(UpstreamError, self.name)
-        self.open_for: UpstreamError | None = None  # the error that opened it; None: closed
+        self.open_for: UpstreamError | None = (
+            None  # the error that opened it; None: closed
+        )
         self.probe_at = 0.0  # monotonic clock
         self.worked_at = 0.0  # when a call succeeded last, monotonic clock
         self.on_open: Callable[[], None] = lambda: None
@@ -1383,7 +1468,9 @@ class CircuitBreaker:
                 return
             recovered, self.open_for, self._failures = self.open_for, None, 0
         if recovered:
-            warning(f"{self.name} recovered after {self.worked_at - self._opened_at:.0f} s")
+            warning(
+                f"{self.name} recovered after {self.worked_at - self._opened_at:.0f} s"
+            )
 
     def failure(self, error: UpstreamError, started: float) -> None:
         """Learn that a call failed that began at `started` (monotonic clock)."""
@@ -1446,7 +1533,12 @@ class ThreatStack(CircuitBreaker):
 
     name = "threatstack"
     MAX_BODY = 8 << 20  # bytes of an answer
-    CAUSES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 429: "rate_limited"}
+    CAUSES = {
+        401: "unauthorized",
+        403: "forbidden",
+        404: "not_found",
+        429: "rate_limited",
+    }
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -1467,7 +1559,9 @@ class ThreatStack(CircuitBreaker):
             members: Json = {}
             if isinstance(value, tuple) and value:
                 known = ("id", "errors", "status", "token")
-                members = {"object": True} | {name: part for name, part in value if name in known}
+                members = {"object": True} | {
+                    name: part for name, part in value if name in known
+                }
             del value
         is_error = members.get("errors") or members.get("status") == "error"
         wrong_id = id_ is not None and members.get("id", id_) != id_
@@ -1507,9 +1601,13 @@ class ThreatStack(CircuitBreaker):
         if status != 200:
             said = body[:200].decode(errors="replace")
             text = f"{status} {response.reason}{proxy_of(target)} {said}"
-            raise self.error(self.CAUSES.get(status, status), text, status, response.headers)
+            raise self.error(
+                self.CAUSES.get(status, status), text, status, response.headers
+            )
         if len(body) > self.MAX_BODY:
-            raise self.error("bad_answer", f"the answer is over {self.MAX_BODY} bytes", 200)
+            raise self.error(
+                "bad_answer", f"the answer is over {self.MAX_BODY} bytes", 200
+            )
         if response.length:
             raise self.error("broken_off", f"the answer lacks {response.length} bytes")
         coding = response.headers.get("Content-Encoding", "identity").lower()
@@ -1527,7 +1625,9 @@ class ThreatStack(CircuitBreaker):
         except urllib.error.HTTPError as error:
             response = error
         if monotonic() - started > 5:
-            warning("Threat Stack is slow. Check whether all addresses of its name answer")
+            warning(
+                "Threat Stack is slow. Check whether all addresses of its name answer"
+            )
         return response
 
     def list(self, path: str) -> tuple[str, str]:
@@ -1558,7 +1658,10 @@ class ThreatStack(CircuitBreaker):
         if self.config.auth == "hawk":
             self._fetch(urljoin(base, "/help/hawk/self-test"))
             # That was at the host's root; this tests the path.
-            query = {"from": rfc_3339(time.time() - 86400), "until": rfc_3339(time.time())}
+            query = {
+                "from": rfc_3339(time.time() - 86400),
+                "until": rfc_3339(time.time()),
+            }
             self.list(f"/alerts?status=active&{urlencode(query)}")
         else:
             self.get("/alerts?count=1")
@@ -1593,7 +1696,9 @@ class S3(CircuitBreaker):
                 self.endpoint = client.meta.endpoint_url.rstrip("/")
                 right = self.endpoint.removesuffix(f"/{self.config.bucket}")
                 host = right.replace(f"://{self.config.bucket}.", "://")
-                if re.search("s3|spaces|storage", host):  # else a host may be named like its bucket
+                if re.search(
+                    "s3|spaces|storage", host
+                ):  # else a host may be named like its bucket
                     right = host
                 if right != self.endpoint:  # keys would begin with the bucket's name
                     raise ConfigError(
@@ -1619,12 +1724,19 @@ class S3(CircuitBreaker):
                 max_pool_connections=10 + 2 * self.config.workers,
                 connect_timeout=5,
                 read_timeout=10,
-                retries={"mode": "standard", "total_max_attempts": 2},  # the queue does the rest
+                retries={
+                    "mode": "standard",
+                    "total_max_attempts": 2,
+                },  # the queue does the rest
             )
             session = boto3.session.Session(region_name=self.config.region)
-            return session.client("s3", endpoint_url=self.config.endpoint_url, config=options)
+            return session.client(
+                "s3", endpoint_url=self.config.endpoint_url, config=options
+            )
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"{self.config.file}: [s3] or boto3: {error}. Correct it") from None
+            raise ConfigError(
+                f"{self.config.file}: [s3] or boto3: {error}. Correct it"
+            ) from None
         except Exception as error:  # boto3's exceptions have no common class
             raise self._failure(error) from None
 
@@ -1633,7 +1745,11 @@ class S3(CircuitBreaker):
         import botocore.validate
 
         shape = client.meta.service_model.operation_model("PutObject").input_shape
-        parsers: dict[str, Parser] = {"boolean": boolean, "integer": int, "map": json.loads}
+        parsers: dict[str, Parser] = {
+            "boolean": boolean,
+            "integer": int,
+            "map": json.loads,
+        }
         extra: Json = {"Bucket": "b", "Key": "k"}
         for name, text in self.config.put_object.items():
             where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
@@ -1648,7 +1764,9 @@ class S3(CircuitBreaker):
                 if report.has_errors():
                     raise ValueError(" ".join(report.generate_report().split()))
             except ValueError as error:
-                raise ConfigError(f"{where} = {text!r}: {error}. Its type is {kind}") from None
+                raise ConfigError(
+                    f"{where} = {text!r}: {error}. Its type is {kind}"
+                ) from None
         return {name: extra[name] for name in self.config.put_object}
 
     def key(self, name: str) -> str:
@@ -1675,7 +1793,9 @@ class S3(CircuitBreaker):
             if error.status == 412 and "IfNoneMatch" in self._extra:
                 return
             raise
-        if not answer.get("ETag"):  # botocore takes any 200 for success, also a proxy's page
+        if not answer.get(
+            "ETag"
+        ):  # botocore takes any 200 for success, also a proxy's page
             text = f"a 200 without an ETag is not S3's answer{proxy_of(self.endpoint)}"
             raise self.error("bad_answer", text, 200)
 
@@ -1683,7 +1803,9 @@ class S3(CircuitBreaker):
         """Return whether an object exists. Raises ConfigError, UpstreamError."""
         self.client()
         # A customer's key (SSE-C) is needed for reading too.
-        extra = {name: value for name, value in self._extra.items() if "SSECustomer" in name}
+        extra = {
+            name: value for name, value in self._extra.items() if "SSECustomer" in name
+        }
         try:
             self._call("head_object", Key=self.key(name), **extra)
             return True
@@ -1695,7 +1817,9 @@ class S3(CircuitBreaker):
     def _call(self, operation: str, **parameters: Any) -> Any:
         """Call an operation on the bucket; return the answer. Raises ConfigError, UpstreamError."""
         try:
-            answer = getattr(self.client(), operation)(Bucket=self.config.bucket, **parameters)
+            answer = getattr(self.client(), operation)(
+                Bucket=self.config.bucket, **parameters
+            )
         except (ConfigError, UpstreamError):
             raise
         except Exception as error:  # boto3's exceptions have no common class
@@ -1709,9 +1833,13 @@ class S3(CircuitBreaker):
         metadata, problem = answer.get("ResponseMetadata", {}), answer.get("Error", {})
         status = metadata.get("HTTPStatusCode", 0)
         cause = str(problem.get("Code") or status or type(error).__name__)
-        headers = {name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()}
+        headers = {
+            name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()
+        }
         self.date = headers.get("Date")
-        detail = getattr(error, "kwargs", {}).get("error", "")  # why, of a botocore exception
+        detail = getattr(error, "kwargs", {}).get(
+            "error", ""
+        )  # why, of a botocore exception
         text = f"{problem.get('Message') or error} ({cause}) {detail}".strip()
         if cause == "NoSuchBucket":
             text = f"bucket {self.config.bucket} does not exist ({cause})"
@@ -1786,7 +1914,9 @@ class Archiver:
         self.upstreams: tuple[CircuitBreaker, ...] = (self.s3, self.threatstack)
         n = config.workers
         self.pools = [
-            SimpleNamespace(name="store", lanes=["store"], size=-(-n // 4), needs=[self.s3]),
+            SimpleNamespace(
+                name="store", lanes=["store"], size=-(-n // 4), needs=[self.s3]
+            ),
             SimpleNamespace(
                 name="detail",
                 lanes=["detail", "backfill"],
@@ -1811,7 +1941,9 @@ class Archiver:
             self.threads.append(start_thread("dispatcher", self._dispatch))
         for pool in self.pools:
             for i in range(pool.size):
-                self.threads.append(start_thread(f"{pool.name}-{i + 1}", self._work, pool))
+                self.threads.append(
+                    start_thread(f"{pool.name}-{i + 1}", self._work, pool)
+                )
 
     def stop(self, deadline: float) -> None:
         """Wait until `deadline` (monotonic clock) for jobs that are at work."""
@@ -1828,7 +1960,9 @@ class Archiver:
         Waits no longer once an upstream is unavailable. Raises QueueError.
         """
         with self._lock:
-            futures = {number: self._archived.setdefault(number, Future()) for number in numbers}
+            futures = {
+                number: self._archived.setdefault(number, Future()) for number in numbers
+            }
         queued = self.queue.errors(numbers)  # some may be archived already
         if self.config.workers and not self.stopping and not self.problem():
             waiting = [futures[number] for number in queued]
@@ -1839,7 +1973,9 @@ class Archiver:
             for number in numbers:
                 self._archived.pop(number, None)
                 if problem and number in queued:
-                    queued[number] = queued[number] or error_json(problem.type, str(problem))
+                    queued[number] = queued[number] or error_json(
+                        problem.type, str(problem)
+                    )
         return queued
 
     def stop_waiting(self) -> None:
@@ -1900,7 +2036,9 @@ class Archiver:
             except Exception as error:  # a bug; this thread goes on
                 job.due, job.error_type = monotonic() + 60, "internal"
                 job.error_message = explain(error)
-                log_error("alert failed, will be retried", id=job.id, error=job.error_message)
+                log_error(
+                    "alert failed, will be retried", id=job.id, error=job.error_message
+                )
             self.queue.settle(job)
             with self._lock:
                 pool.taken -= 1
@@ -1918,9 +2056,15 @@ class Archiver:
         steps, skipped = STEPS[job.source], ""
         wanted = self.config.auth == "hawk" and self.config.events
         for step in steps[steps.index(job.step) :]:
-            job.step = skipped or step  # while the detail is missing too, the events may still come
+            job.step = (
+                skipped or step
+            )  # while the detail is missing too, the events may still come
             unavailable = any(upstream.open_for for upstream in pool.needs)
-            if self.stopping or job.lane not in pool.lanes or (unavailable and not job.probe):
+            if (
+                self.stopping
+                or job.lane not in pool.lanes
+                or (unavailable and not job.probe)
+            ):
                 return
             if step == "events" and not wanted:
                 skipped = step
@@ -1978,7 +2122,9 @@ class Archiver:
         if counts and spent >= limit:
             job.failed = True
             add("ts3d_alerts_failed_total")
-            return log_error("alert marked failed", id=job.id, tries=job.tries, error=error)
+            return log_error(
+                "alert marked failed", id=job.id, tries=job.tries, error=error
+            )
         pause = min(backoff(job.tries - 1, 0, MAX_RETRY_PAUSE), max(limit - spent, 1.0))
         pause = max(pause, error.retry_after)
         job.due = now + pause
@@ -1993,18 +2139,26 @@ class Archiver:
 WEBHOOKS = "/api/v1/s3/alert"
 SMALL_BODY = 64 << 10  # bytes; of larger bodies at most eight are read and parsed at once
 HEAD_BYTES, HEAD_LINES = 64 << 10, 100
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n")
-FIELD_LINE = re.compile(rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*))?\r\n")
+REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n"
+)
+FIELD_LINE = re.compile(
+    rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*))?\r\n"
+)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
 KEPT = "The body is kept in S3 under rejected/"
-ALERT_FORM = "Send an id (4 to 128 of A-Z a-z 0-9 _ -) and created_at (milliseconds or ISO 8601)"
+ALERT_FORM = (
+    "Send an id (4 to 128 of A-Z a-z 0-9 _ -) and created_at (milliseconds or ISO 8601)"
+)
 
 
 class Refusal(Exception):
     """A request that is answered with an error; status 0: the client is gone, no answer."""
 
-    def __init__(self, status: int, type_: str, text: str, headers: str = "", **more: Any) -> None:
+    def __init__(
+        self, status: int, type_: str, text: str, headers: str = "", **more: Any
+    ) -> None:
         super().__init__(text)
         self.status, self.headers = status, headers
         self.payload: Json = {"success": False, "error": error_json(type_, text), **more}
@@ -2074,7 +2228,9 @@ class Server:
                 debug("connection not accepted", error=error)
                 if error.errno != errno.ECONNABORTED:  # else no file or no memory is left
                     self._limit(0)
-                    time.sleep(0.05)  # the socket stays readable, and this loop would spin
+                    time.sleep(
+                        0.05
+                    )  # the socket stays readable, and this loop would spin
                 continue
             # It is counted here: `stop` must not miss a connection whose thread has yet to begin.
             connection: Any = DeadlineSocket(fileno=sock.detach())
@@ -2086,7 +2242,10 @@ class Server:
                 self.enter(connection, "idle")
                 self._limit(self.config.max_connections, connection)
                 start_thread("connection", self._serve, connection, client)
-            except (OSError, RuntimeError) as error:  # the client is gone, or no thread can start
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # the client is gone, or no thread can start
                 debug("connection not served", error=error)
                 self._close(connection)
         listener.close()
@@ -2122,14 +2281,18 @@ class Server:
         """If there are more connections, close that which has been idle or slow for longest."""
         with self._lock:
             waiting = [
-                (since, c) for c, (phase, since) in self._phases.items() if phase != "answering"
+                (since, c)
+                for c, (phase, since) in self._phases.items()
+                if phase != "answering"
             ]
             if waiting and len(self._phases) > limit:
                 _, oldest = min(waiting, key=lambda pair: pair[0])
                 del self._phases[oldest]
                 shut_down(oldest, socket.SHUT_RDWR)
                 if oldest is new:
-                    warning("connection refused: [server] max_connections are being answered")
+                    warning(
+                        "connection refused: [server] max_connections are being answered"
+                    )
 
     def stop(self, deadline: float) -> None:
         """Wait until `deadline` (monotonic clock) for requests that are being answered."""
@@ -2177,7 +2340,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status, headers, payload = 200, "", self.answer_of_request()
             if isinstance(payload, Refusal):
                 self.notes["error"] = payload
-                status, headers, payload = payload.status, payload.headers, payload.payload
+                status, headers, payload = (
+                    payload.status,
+                    payload.headers,
+                    payload.payload,
+                )
             self.log_answer(status)
             if status:
                 self.answer(status, payload, headers)
@@ -2188,10 +2355,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.read_head()
             if self.target == WEBHOOKS and self.command == "POST":
                 return self.webhook()
-            if self.target in ("/healthz", "/metrics") and self.command in ("GET", "HEAD"):
+            if self.target in ("/healthz", "/metrics") and self.command in (
+                "GET",
+                "HEAD",
+            ):
                 return self.health() if self.target == "/healthz" else self.metrics()
             if self.target not in (WEBHOOKS, "/healthz", "/metrics"):
-                return Refusal(404, "not_found", f"wrong path. Send webhooks to {WEBHOOKS}")
+                return Refusal(
+                    404, "not_found", f"wrong path. Send webhooks to {WEBHOOKS}"
+                )
             allow = "POST" if self.target == WEBHOOKS else "GET, HEAD"
             text = f"wrong method. Use {allow}"
             return Refusal(405, "method_not_allowed", text, f"Allow: {allow}\r\n")
@@ -2206,7 +2378,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:  # a bug too is answered, and the daemon goes on
             log_error(explain(error), request=self.id)
             return Refusal(
-                500, "internal", f"internal error. Search the log for {self.id}, report it"
+                500,
+                "internal",
+                f"internal error. Search the log for {self.id}, report it",
             )
 
     def log_answer(self, status: int) -> None:
@@ -2217,13 +2391,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         severity = logging.WARNING if lost or status >= 500 else logging.INFO
         if status == 200 and self.target != WEBHOOKS:
             severity = logging.DEBUG
-        forwarded = ",".join(self.fields.get("x-forwarded-for", ())).split(",")[-1].strip()
+        forwarded = (
+            ",".join(self.fields.get("x-forwarded-for", ())).split(",")[-1].strip()
+        )
         if is_local(self.client) and forwarded:
             self.notes["forwarded_for"] = forwarded
         path = self.path.partition("?")[0][:200]  # the query may have the token
         text = f"{self.command} {path} {status or '-'}"
         took = monotonic() - self.started
-        log_event(severity, text, request=self.id, client=self.client, **self.notes, seconds=took)
+        log_event(
+            severity,
+            text,
+            request=self.id,
+            client=self.client,
+            **self.notes,
+            seconds=took,
+        )
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -2247,15 +2430,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         codings = [coding.lower() for coding in fields.get("transfer-encoding", ())]
         self.chunked = codings == ["chunked"]
         if codings and ("content-length" in fields or minor == "0" or not self.chunked):
-            raise self.malformed("Transfer-Encoding must be `chunked`, without Content-Length")
+            raise self.malformed(
+                "Transfer-Encoding must be `chunked`, without Content-Length"
+            )
         if len(lengths) > 1 or not fullmatch("[0-9]{1,15}", lengths[0]):
             raise self.malformed("Content-Length must be one number")
         self.length = int(lengths[0])
         self.unread = self.chunked or self.length > 0
-        options = re.split(r"[ \t]*,[ \t]*", ",".join(fields.get("connection", ())).lower())
+        options = re.split(
+            r"[ \t]*,[ \t]*", ",".join(fields.get("connection", ())).lower()
+        )
         self.close_connection = minor == "0" or "close" in options
         # RFC 9110, 10.1.1: not in HTTP/1.0
-        self.expects = minor > "0" and "100-continue" in ",".join(fields.get("expect", ())).lower()
+        self.expects = (
+            minor > "0" and "100-continue" in ",".join(fields.get("expect", ())).lower()
+        )
 
     def malformed(self, text: str) -> Refusal:
         """Return the refusal of a request that is not HTTP/1.1 as RFC 9112 defines it."""
@@ -2266,7 +2455,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields: dict[str, list[str]] = {}
         for _ in range(HEAD_LINES + 1):
             # RFC 9112, 5.1 and 5.2: no folded line and no blank before the colon matches.
-            name, value = self.read_line(FIELD_LINE, "a header line is malformed").groups()
+            name, value = self.read_line(
+                FIELD_LINE, "a header line is malformed"
+            ).groups()
             if not name:
                 return fields
             text = value.strip(b" \t").decode("latin-1")
@@ -2284,7 +2475,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if line.endswith(b"\n"):
             raise self.malformed("a line does not end with CRLF")
         if not self.left:
-            raise Refusal(431, "head_too_large", f"over {HEAD_BYTES} bytes of headers. Send fewer")
+            raise Refusal(
+                431, "head_too_large", f"over {HEAD_BYTES} bytes of headers. Send fewer"
+            )
         raise ConnectionResetError("closed in the middle of a request")
 
     def read_body(self, slot: ExitStack) -> bytes:
@@ -2303,7 +2496,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 text = f"the body is over [server] max_body = {limit} bytes. Send less, or raise it"
                 raise Refusal(413, "too_large", text)
             if received + n > SMALL_BODY >= received:
-                if not self.server.large_bodies.acquire(timeout=self.config.request_timeout / 2):
+                if not self.server.large_bodies.acquire(
+                    timeout=self.config.request_timeout / 2
+                ):
                     text = "eight large webhooks are being received. Send it again"
                     raise Refusal(503, "busy", text, "Retry-After: 1\r\n")
                 slot.callback(self.server.large_bodies.release)
@@ -2333,7 +2528,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 matches |= hmac.compare_digest(secret.encode(), other.encode("latin-1"))
         if not matches:
             text = f"present [server] {option} as Authorization: Bearer TOKEN or as ?token=TOKEN"
-            raise Refusal(401, "unauthorized", text, 'WWW-Authenticate: Bearer realm="ts3d"\r\n')
+            raise Refusal(
+                401, "unauthorized", text, 'WWW-Authenticate: Bearer realm="ts3d"\r\n'
+            )
 
     def webhook(self) -> Json:
         """Queue a webhook's alerts; return their states, in the webhook's order.
@@ -2379,7 +2576,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.notes |= {"bytes": len(body), "alerts": accepted, "rejected": rejected}
             if refusal or rejected:  # nothing that presented the token is lost
                 digest = self.notes["kept"] = hashlib.sha256(body).hexdigest()
-                jobs.append(Job(digest, minute_of(time.time()), "rejected", "rejected", body))
+                jobs.append(
+                    Job(digest, minute_of(time.time()), "rejected", "rejected", body)
+                )
             try:
                 numbers = self.server.queue.put(jobs)[:accepted]
             except QueueError as error:
@@ -2413,7 +2612,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for upstream in self.server.archiver.upstreams:
             label = f'{{upstream="{upstream.name}"}}'
             METRIC_VALUES["ts3d_upstream_unavailable"][label] = bool(upstream.open_for)
-        for name, value in zip(QUEUE_METRICS, self.server.queue.facts.values(), strict=True):
+        for name, value in zip(
+            QUEUE_METRICS, self.server.queue.facts.values(), strict=True
+        ):
             METRIC_VALUES[name][""] = value
         return metrics_text()
 
@@ -2479,20 +2680,32 @@ def listen(config: Config) -> list[socket.socket]:
     where = f"{config.file}: [server] listen = {config.listen}"
     host, _, port = config.listen.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # [::] takes IPv4 too
+    both = (
+        family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    )  # [::] takes IPv4 too
     passed = (
-        int(environ.get("LISTEN_FDS") or 0) if environ.get("LISTEN_PID") == str(os.getpid()) else 0
+        int(environ.get("LISTEN_FDS") or 0)
+        if environ.get("LISTEN_PID") == str(os.getpid())
+        else 0
     )
     try:
         sockets = [socket.socket(fileno=number) for number in range(3, 3 + passed)]
         if not passed:
             name = (host.strip("*[]"), int(port))
-            sockets = [socket.create_server(name, family=family, backlog=1024, dualstack_ipv6=both)]
+            sockets = [
+                socket.create_server(
+                    name, family=family, backlog=1024, dualstack_ipv6=both
+                )
+            ]
     except OSError as error:
-        raise ConfigError(f"{where}: {error}. Name a free address of this machine") from None
+        raise ConfigError(
+            f"{where}: {error}. Name a free address of this machine"
+        ) from None
     for sock in sockets:
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError("systemd's socket does not listen. Use ListenStream= and Accept=no")
+            raise ConfigError(
+                "systemd's socket does not listen. Use ListenStream= and Accept=no"
+            )
         local = sock.family == socket.AF_UNIX or is_local(sock.getsockname()[0])
         if not (local or config.webhook_token):
             raise ConfigError(
@@ -2517,7 +2730,9 @@ def url_of(sock: socket.socket, scheme: str) -> str:
 
 LONGEST_TURN = 20.0  # seconds of a thread's turn without a call of an upstream
 LONGEST_CALL = 600.0  # seconds of one with calls, beside Threat Stack's time-out
-PROGRESS_BY: dict[str, float] = {}  # by thread: when it makes progress at the latest, monotonic
+PROGRESS_BY: dict[
+    str, float
+] = {}  # by thread: when it makes progress at the latest, monotonic
 
 
 def expect_progress_within(limit: float) -> None:
@@ -2536,7 +2751,9 @@ def notify(text: str) -> None:
     """Tell systemd, if it started this process. Source: sd_notify(3)."""
     if target := environ.get("NOTIFY_SOCKET"):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(text.encode(), re.sub("^@", "\0", target))  # @: an abstract address
+            sock.sendto(
+                text.encode(), re.sub("^@", "\0", target)
+            )  # @: an abstract address
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2585,7 +2802,9 @@ def serve(config: Config) -> int:
     server, threads = Server(config, archiver), [queue_.writer]
     listeners = listen(config)
     for listener in listeners:
-        threads.append(start_thread(f"acceptor-{listener.fileno()}", server.accept, listener))
+        threads.append(
+            start_thread(f"acceptor-{listener.fileno()}", server.accept, listener)
+        )
     urls = ",".join(url_of(sock, "https" if config.tls else "http") for sock in listeners)
     archive = f"s3://{config.bucket}/{config.prefix}" if config.workers else "off"
     info(f"ts3d {VERSION} listens on {urls}", queue=config.path, archive=archive)
@@ -2610,7 +2829,9 @@ def serve(config: Config) -> int:
     return 0
 
 
-def supervise(signals: list[int], queue_: Queue, archiver: Archiver, threads: list[Thread]) -> None:
+def supervise(
+    signals: list[int], queue_: Queue, archiver: Archiver, threads: list[Thread]
+) -> None:
     """Watch the other threads until a signal ends the daemon. Raises what else ends it.
 
     Source: sd_watchdog_enabled(3).
@@ -2625,14 +2846,18 @@ def supervise(signals: list[int], queue_: Queue, archiver: Archiver, threads: li
             warning("SIGHUP ignored: there is no reload. Use systemctl restart ts3d")
         for thread in threads:
             if not thread.is_alive():
-                raise RuntimeError(f"thread {thread.name} ended. A restart continues its work")
+                raise RuntimeError(
+                    f"thread {thread.name} ended. A restart continues its work"
+                )
         if fatal := queue_.fatal or archiver.fatal:
             raise fatal
         now = monotonic()
         if now < next_word:
             continue
         next_word = now + pause
-        late = ",".join(sorted(name for name, by in PROGRESS_BY.copy().items() if by < now))
+        late = ",".join(
+            sorted(name for name, by in PROGRESS_BY.copy().items() if by < now)
+        )
         if late != late_before:
             log_error("threads without progress", threads=late)
         late_before = late
@@ -2657,7 +2882,9 @@ def check(path: str) -> int:
         try:
             value = function(*args)
             verdict, text = "ok", str(value)
-        except Exception as error:  # one test that fails must not keep the others from running
+        except (
+            Exception
+        ) as error:  # one test that fails must not keep the others from running
             verdict, text, value = "FAIL", explain(error), None
         codes.append(int(verdict == "FAIL"))
         print(f"{verdict:6}{name:14}{printable(text)}", flush=True)
@@ -2700,7 +2927,9 @@ def check_queue(config: Config) -> str:
             os.remove(config.path)
         except OSError as error:
             where = f"[queue] path = {config.path}"
-            raise ConfigError(f"{where} cannot be written: {error}. Name another file") from None
+            raise ConfigError(
+                f"{where} cannot be written: {error}. Name another file"
+            ) from None
         return f"{config.path} can be created"
     with closing(Queue(config.path, config.max_size)) as queue_:
         queue_.require_writable()
@@ -2750,10 +2979,14 @@ def show_status(queue_: Queue, problems: list[Json]) -> None:
     queued, failed, age, size, limit, free = map(int, queue_.facts.values())
     say(f"daemon   {'running' if running(queue_.path) else 'not running'}")
     oldest = f", oldest {timedelta(seconds=age)}" if queued else ""
-    hint = ": `ts3d status --failed` lists them, `ts3d retry` retries them" if failed else ""
+    hint = (
+        ": `ts3d status --failed` lists them, `ts3d retry` retries them" if failed else ""
+    )
     say(f"queued   {queued}{oldest}")
     say(f"failed   {failed}{hint}")
-    say(f"disk     {size >> 20}M of {limit >> 20}M used, {free >> 20}M free: {queue_.path}")
+    say(
+        f"disk     {size >> 20}M of {limit >> 20}M used, {free >> 20}M free: {queue_.path}"
+    )
     say("\nCurrent problems:" if problems else "\nNo current problems.")
     for problem in problems:
         text = problem["type"]
@@ -2868,14 +3101,18 @@ class Backfill:
                     self.problem = error
                     self.ended.set()
                     raise
-                self.pause(getattr(error, "retry_after", 0) or backoff(tries, 0, 30), error)
+                self.pause(
+                    getattr(error, "retry_after", 0) or backoff(tries, 0, 30), error
+                )
 
     def pause(self, wait: float, reason: Exception) -> None:
         """Wait. Raises `reason` if there was no progress for too long."""
         if monotonic() + wait - self.progress_at > BACKFILL_PATIENCE:
             raise reason
         self.show(f"; waiting: {reason}")
-        if self.ended.wait(wait):  # another of the calls that run side by side has failed for good
+        if self.ended.wait(
+            wait
+        ):  # another of the calls that run side by side has failed for good
             raise self.problem or reason
 
     def show(self, more: str = "") -> None:
@@ -2899,7 +3136,9 @@ class Backfill:
                 path = f"/alerts?{urlencode(query)}"
                 page, token = self.insist(self.threatstack.list, path)
                 if (page, token) in seen:
-                    raise self.threatstack.error("bad_answer", "the list of alerts has no end", 200)
+                    raise self.threatstack.error(
+                        "bad_answer", "the list of alerts has no end", 200
+                    )
                 seen.add((page, token))
                 if page != "[]":
                     yield page
@@ -2915,7 +3154,9 @@ class Backfill:
         while self.queue.facts["queued"] >= BACKFILL_QUEUED:
             if self.queue.facts["queued"] != before:
                 before, self.progress_at = self.queue.facts["queued"], monotonic()
-            self.pause(1, QueueError(f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status"))
+            self.pause(
+                1, QueueError(f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status")
+            )
         # In this order: an alert that leaves the queue in between is in S3.
         rows = self.insist(self.queue.read, Queue.QUEUED, dumps(list(found)))
         waiting = {row[0] for row in rows}
@@ -2962,7 +3203,9 @@ def backfill(config: Config, since: float | None, until: float | None) -> int:
         run.run()
         how = ""
     finally:
-        print("\x1b[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
+        print(
+            "\x1b[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True
+        )
         print(f"backfill{how}: {run}", flush=True)
     return int(run.invalid > 0)
 
@@ -2989,9 +3232,8 @@ def parse_arguments(arguments: list[str] | None) -> Json:
     text = f"configuration file; default: {CONFIG_FILES[0]}, else ts3d.conf beside the program"
     option.add_argument("-c", "--config", metavar="FILE", default=SUPPRESS, help=text)
     text = "Archives Threat Stack's alerts in AWS S3."
-    codes = (
-        "Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration. Example: ts3d check"
-    )
+    codes = "Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration."
+    codes += " Example: ts3d check"
     parser = ArgumentParser("ts3d", description=text, epilog=codes, parents=[option])
     parser.add_argument("--version", action="store_true", help="print versions and exit")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -3002,9 +3244,15 @@ def parse_arguments(arguments: list[str] | None) -> Json:
             name, parents=[option], help=text.split(".")[0], description=text
         )
         add_argument[name] = command.add_argument
-    add_argument["status"]("--failed", action="store_true", help="list failed alerts and errors")
-    add_argument["status"]("--json", dest="as_json", action="store_true", help="print JSON")
-    add_argument["retry"]("ids", metavar="ID", nargs="*", help="default: all failed alerts")
+    add_argument["status"](
+        "--failed", action="store_true", help="list failed alerts and errors"
+    )
+    add_argument["status"](
+        "--json", dest="as_json", action="store_true", help="print JSON"
+    )
+    add_argument["retry"](
+        "ids", metavar="ID", nargs="*", help="default: all failed alerts"
+    )
     text = "a time (RFC 3339), a date (UTC) or an age such as 2h; default: "
     last = "an hour before the end of the last complete run, at first 24 hours ago"
     fill = partial(add_argument["backfill"], metavar="T", type=time_argument)
@@ -3027,10 +3275,14 @@ def main(arguments: list[str] | None = None) -> int:
         with suppress(importlib.metadata.PackageNotFoundError):
             boto3 = importlib.metadata.version("boto3")
         python = sys.version.split()[0]
-        print(f"ts3d {VERSION} (Python {python}, boto3 {boto3}, SQLite {sqlite3.sqlite_version})")
+        print(
+            f"ts3d {VERSION} (Python {python}, boto3 {boto3}, SQLite {sqlite3.sqlite_version})"
+        )
         return 0
     command = chosen.pop("command") or "serve"
-    path = chosen.pop("config", None) or next(filter(exists, CONFIG_FILES), CONFIG_FILES[1])
+    path = chosen.pop("config", None) or next(
+        filter(exists, CONFIG_FILES), CONFIG_FILES[1]
+    )
     try:
         if command == "check":
             return check(path)
