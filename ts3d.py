@@ -50,7 +50,6 @@ import time
 import traceback
 import urllib.error
 import urllib.request
-import zlib
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
@@ -1263,6 +1262,7 @@ def error_json(type_: str, message: str) -> Json:
 MAX_PROBE_PAUSE = 8.0  # seconds at most between probes of an unavailable upstream
 MAX_RETRY_PAUSE = 15 * 60.0  # seconds at most between tries of an alert
 MAX_RETRY_AFTER = 3600.0  # seconds for which Retry-After is believed
+SLOW_CALL = 5.0  # seconds: a name may have several addresses, and the first be dead
 TITLES = {"s3": "S3", "threatstack": "Threat Stack"}
 # Types of errors, as regular expressions: after these it is unknown whether the upstream works.
 UNKNOWN = (
@@ -1366,7 +1366,10 @@ def advice(error: str) -> str:
 
 
 class UpstreamError(Exception):
-    """A failed call: `type` and `kind` for programs, a text with an instruction for people."""
+    """A failed call: `type` and `kind` for programs, a text with an instruction for people.
+
+    `retry_after` is in seconds.
+    """
 
     def __init__(
         self, upstream: str, cause: Any, text: str, status: int = 0, headers: Any = None
@@ -1374,7 +1377,7 @@ class UpstreamError(Exception):
         self.type = f"{upstream}_{re.sub('[^A-Za-z0-9]', '_', str(cause))[:60]}"
         self.upstream, self.status = upstream, status
         self.kind = kind_of_error(self.type, status)
-        self.retry_after = min(retry_after(headers or {}), MAX_RETRY_AFTER)
+        self.retry_after = retry_after(headers or {})
         what = text[:400].rstrip(".")
         super().__init__(
             printable(f"{TITLES[upstream]}: {what}. {advice(f'{self.type} {text}')}")
@@ -1386,14 +1389,12 @@ def retry_after(headers: Any) -> float:
 
     `x-rate-limit-reset` is in milliseconds.
     """
-    decimal = r"[0-9]{1,12}(\.[0-9]+)?"
-    after, reset = headers.get("Retry-After", ""), headers.get("x-rate-limit-reset", "")
-    pause = -(skew_of(after) or 0.0)
-    if fullmatch(decimal, after):
-        pause = float(after)
-    if fullmatch(decimal, reset):
-        pause = max(pause, float(reset) / 1000)
-    return max(pause, 0.0)
+    after, reset = headers.get("retry-after", ""), headers.get("x-rate-limit-reset", "")
+    pauses = [0.0, -(skew_of(after) or 0.0)]
+    for text, unit in ((after, 1), (reset, 1000)):
+        if fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", text):
+            pauses.append(float(text) / unit)
+    return min(max(pauses), MAX_RETRY_AFTER)
 
 
 def skew_of(date: str | None) -> float | None:
@@ -1433,10 +1434,9 @@ class CircuitBreaker:
         self.open_for: UpstreamError | None = (
             None  # the error that opened it; None: closed
         )
-        self.probe_at = 0.0  # monotonic clock
-        self.worked_at = 0.0  # when a call succeeded last, monotonic clock
-        self.on_open: Callable[[], None] = lambda: None
-        self._opened_at = self._retry_at = 0.0
+        # Times of the monotonic clock.
+        self.probe_at = self.worked_at = self._retry_at = 0.0
+        self._opened_at = 0.0  # 0: closed
         self._failures = 0  # in a row; while open, failed probes
         self._breaker_lock = Lock()
 
@@ -1457,6 +1457,10 @@ class CircuitBreaker:
         self.success(started)
         took = monotonic() - started
         debug(f"{self.name} {function.__name__}", of=args[0], seconds=took)
+        if took > SLOW_CALL:
+            warning(
+                f"{self.name} is slow. Check whether all addresses of its name answer"
+            )
         return result
 
     def success(self, started: float) -> None:
@@ -1464,13 +1468,12 @@ class CircuitBreaker:
         with self._breaker_lock:
             self.worked_at = monotonic()
             # A call that began before the opening says nothing: a rate limit may have struck since.
-            if self.open_for and started < self._opened_at:
+            if started < self._opened_at:
                 return
-            recovered, self.open_for, self._failures = self.open_for, None, 0
-        if recovered:
-            warning(
-                f"{self.name} recovered after {self.worked_at - self._opened_at:.0f} s"
-            )
+            opened_at, self._opened_at = self._opened_at, 0.0
+            self.open_for, self._failures = None, 0
+        if opened_at:
+            warning(f"{self.name} recovered after {self.worked_at - opened_at:.0f} s")
 
     def failure(self, error: UpstreamError, started: float) -> None:
         """Learn that a call failed that began at `started` (monotonic clock)."""
@@ -1478,24 +1481,23 @@ class CircuitBreaker:
             return self.success(started)
         now = monotonic()
         with self._breaker_lock:
-            was_open = self.open_for is not None
             self._retry_at = max(self._retry_at, now + error.retry_after)
             self.probe_at = max(self.probe_at, self._retry_at)
-            if was_open and started < self._opened_at:
+            if started < self._opened_at:
                 return
             self._failures += 1
-            if error.kind == "failing" and self._failures < 2 and not was_open:
+            opens = not self.open_for
+            if opens and error.kind == "failing" and self._failures < 2:
                 return
-            if not was_open:
+            if opens:
                 self._opened_at, self._failures = now, 0
             pause = backoff(self._failures, 1, MAX_PROBE_PAUSE)
             self.probe_at = max(now + pause, self._retry_at)
             self.open_for = error
-        if was_open:
-            debug(f"{self.name} still unavailable: {error}")
-        else:
+        if opens:
             warning(f"{self.name} unavailable: {error}")
-            self.on_open()
+        else:
+            debug(f"{self.name} still unavailable: {error}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1503,11 +1505,14 @@ class CircuitBreaker:
 # --------------------------------------------------------------------------------------------------
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: the key would go along."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Returns answers of any status. So it follows no redirect: the key would go along."""
 
-    def redirect_request(self, *args: Any) -> None:
-        """Decline."""
+    def http_response(self, request: Any, response: Any) -> Any:
+        """Return the answer as it is."""
+        return response
+
+    https_response = http_response
 
 
 def hawk(config: Config, target: str) -> str:
@@ -1523,6 +1528,24 @@ def hawk(config: Config, target: str) -> str:
     digest = hmac.digest(config.api_key.encode(), text.encode(), "sha256")
     mac = base64.b64encode(digest).decode()
     return f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{mac}"'
+
+
+def is_expected(body: bytes, path: str, id_: str | None) -> bool:
+    """Return whether a body is JSON of the kind that `path` has, and not an error in disguise.
+
+    With `id_` it is that alert's detail. Raises Malformed.
+    """
+    _, value = read_json(body)
+    if isinstance(value, list):
+        return id_ is None
+    members = dict(value) if isinstance(value, tuple) else {}
+    if path.endswith("/events") and members.get("token"):
+        warning("there are more events than the API returns at once", path=path)
+    if "id" in members:
+        return id_ in (None, members["id"])
+    return (
+        bool(members) and not members.get("errors") and members.get("status") != "error"
+    )
 
 
 class ThreatStack(CircuitBreaker):
@@ -1545,50 +1568,36 @@ class ThreatStack(CircuitBreaker):
         self._parsing = Lock()  # hostile JSON takes 25 times its size: one at a time
         # Proxies are those of the environment. This reads the system's certificates.
         https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
-        self._opener = urllib.request.build_opener(https, NoRedirects)
+        self._opener = urllib.request.build_opener(https, AnyStatus)
 
     def get(self, path: str, id_: str | None = None) -> bytes:
         """GET `path`; return its JSON, which is that of alert `id_`. Raises UpstreamError."""
         body = self._fetch(self.config.base_url + path)
-        with self._parsing:
-            try:
-                _, value = read_json(body)
-            except Malformed as error:
-                raise self.error("bad_answer", f"the answer is {error}", 200) from None
-            is_list = isinstance(value, list) and not id_
-            members: Json = {}
-            if isinstance(value, tuple) and value:
-                known = ("id", "errors", "status", "token")
-                members = {"object": True} | {
-                    name: part for name, part in value if name in known
-                }
-            del value
-        is_error = members.get("errors") or members.get("status") == "error"
-        wrong_id = id_ is not None and members.get("id", id_) != id_
-        if wrong_id or not (members or is_list) or (is_error and "id" not in members):
+        try:
+            with self._parsing:
+                expected = is_expected(body, path, id_)
+        except Malformed as error:
+            raise self.error("bad_answer", f"the answer is {error}") from None
+        if not expected:
             text = "the answer is an error with status 200, or not this alert's detail"
             raise self.error("wrong_detail" if id_ else "bad_answer", text, 200)
-        if path.endswith("/events") and members.get("token"):
-            warning("there are more events than the API returns at once", path=path)
         return body
 
     def _fetch(self, target: str) -> bytes:
         """Return the body of the 200 to GET `target`. Raises UpstreamError."""
-        limit = self.config.timeout
-        headers = {"User-Agent": f"ts3d/{VERSION}", "Authorization": self.config.api_key}
+        limit, headers = self.config.timeout, {"User-Agent": f"ts3d/{VERSION}"}
+        headers["Authorization"] = self.config.api_key
         if self.config.auth == "hawk":
             headers["Authorization"] = hawk(self.config, target)
         elif self.config.organization_id:
             headers["Organization"] = self.config.organization_id
         request = urllib.request.Request(target, headers=headers)
-        deadline, body = monotonic() + limit, bytearray()
+        deadline = monotonic() + limit
+        # A third of it for each address of the name, or at least 10 s.
+        pause = max(limit / 3, min(limit, 10.0))
         try:
-            # A third, or at least 10 s: a name may have several addresses, and the first be dead.
-            with self._open(request, max(limit / 3, min(limit, 10.0))) as response:
-                while len(body) <= self.MAX_BODY and (piece := response.read1(65536)):
-                    body += piece
-                    if monotonic() > deadline:
-                        raise TimeoutError
+            with self._opener.open(request, timeout=pause) as response:
+                body = self._read(response, deadline)
         except urllib.error.URLError as error:
             text = f"{self.config.base_url} cannot be reached{proxy_of(target)}: {error.reason}"
             raise self.error("unreachable", text) from None
@@ -1601,34 +1610,30 @@ class ThreatStack(CircuitBreaker):
         if status != 200:
             said = body[:200].decode(errors="replace")
             text = f"{status} {response.reason}{proxy_of(target)} {said}"
-            raise self.error(
-                self.CAUSES.get(status, status), text, status, response.headers
-            )
-        if len(body) > self.MAX_BODY:
-            raise self.error(
-                "bad_answer", f"the answer is over {self.MAX_BODY} bytes", 200
-            )
+            cause = self.CAUSES.get(status, status)
+            raise self.error(cause, text, status, response.headers)
+        coding = response.headers.get("Content-Encoding", "identity")
+        if coding != "identity":  # none was asked for
+            raise self.error("bad_answer", f"Content-Encoding: {coding}")
+        return body
+
+    def _read(self, response: Any, deadline: float) -> bytes:
+        """Return an answer's body, read until `deadline` (monotonic clock).
+
+        Raises UpstreamError, OSError, HTTPException.
+        """
+        body = bytearray()
+        while piece := response.read1(65536):
+            body += piece
+            if len(body) > self.MAX_BODY:
+                raise self.error(
+                    "bad_answer", f"the answer is over {self.MAX_BODY} bytes"
+                )
+            if monotonic() > deadline:
+                raise TimeoutError
         if response.length:
             raise self.error("broken_off", f"the answer lacks {response.length} bytes")
-        coding = response.headers.get("Content-Encoding", "identity").lower()
-        if coding not in ("identity", "gzip"):
-            raise self.error("bad_answer", f"Content-Encoding: {coding}", 200)
-        if coding == "gzip":  # though not asked for
-            return zlib.decompressobj(31).decompress(bytes(body), self.MAX_BODY)
         return bytes(body)
-
-    def _open(self, request: urllib.request.Request, limit: float) -> Any:
-        """Return the response, of whatever status. Raises OSError, HTTPException."""
-        started = monotonic()
-        try:
-            response = self._opener.open(request, timeout=limit)
-        except urllib.error.HTTPError as error:
-            response = error
-        if monotonic() - started > 5:
-            warning(
-                "Threat Stack is slow. Check whether all addresses of its name answer"
-            )
-        return response
 
     def list(self, path: str) -> tuple[str, str]:
         """Return a page of alerts, a JSON list, and the next page's token. Raises UpstreamError."""
@@ -1641,15 +1646,13 @@ class ThreatStack(CircuitBreaker):
         token: Any = ""
         if self.config.auth == "hawk":
             members = dict(value) if isinstance(value, tuple) else {}
-            token = members.get("token") or ""
-            value = members.get("alerts", "")
-            if value is None:
-                value = []
-            text = literal_of(text, "alerts") if value else ""
-        if not isinstance(value, list):
-            raise self.error("bad_answer", "the list of alerts is not a list", 200)
+            token, value = members.get("token") or "", members.get("alerts", "")
+        if value is not None and not isinstance(value, list):
+            raise self.error("bad_answer", "the list of alerts is not a list")
         if not value:
             text = "[]"
+        elif self.config.auth == "hawk":
+            text = literal_of(text, "alerts")
         return text, f"{token:.0f}" if isinstance(token, float) else token
 
     def check(self) -> str:
@@ -1673,6 +1676,11 @@ class ThreatStack(CircuitBreaker):
 # --------------------------------------------------------------------------------------------------
 
 
+def without_expect(request: Any, **_: Any) -> None:
+    """Remove `Expect: 100-continue` from a request of botocore."""
+    del request.headers["Expect"]
+
+
 class S3(CircuitBreaker):
     """AWS S3, or a store that speaks its protocol, through boto3. Methods are thread-safe.
 
@@ -1692,26 +1700,7 @@ class S3(CircuitBreaker):
         """Return the one client, made at first use. Raises ConfigError, UpstreamError."""
         with self._connecting:  # making a client is not thread-safe, using it is
             if not self._client:
-                client = self._connect()
-                self.endpoint = client.meta.endpoint_url.rstrip("/")
-                right = self.endpoint.removesuffix(f"/{self.config.bucket}")
-                host = right.replace(f"://{self.config.bucket}.", "://")
-                if re.search(
-                    "s3|spaces|storage", host
-                ):  # else a host may be named like its bucket
-                    right = host
-                if right != self.endpoint:  # keys would begin with the bucket's name
-                    raise ConfigError(
-                        f"{self.config.file}: [s3] endpoint_url = {self.endpoint} has the bucket's "
-                        f"name in it. Set endpoint_url = {right}"
-                    )
-                self._extra = self._parameters(client)
-                # It saves a round trip, and a second with a server that ignores it. Not signed.
-                client.meta.events.register(
-                    "before-sign.s3.PutObject",
-                    lambda request, **_: request.headers.__delitem__("Expect"),
-                )
-                self._client = client
+                self._client = self._connect()
             return self._client
 
     def _connect(self) -> Any:
@@ -1730,7 +1719,7 @@ class S3(CircuitBreaker):
                 },  # the queue does the rest
             )
             session = boto3.session.Session(region_name=self.config.region)
-            return session.client(
+            client = session.client(
                 "s3", endpoint_url=self.config.endpoint_url, config=options
             )
         except (ImportError, ValueError) as error:
@@ -1739,6 +1728,21 @@ class S3(CircuitBreaker):
             ) from None
         except Exception as error:  # boto3's exceptions have no common class
             raise self._failure(error) from None
+        self.endpoint = client.meta.endpoint_url.rstrip("/")
+        # With the bucket's name in the endpoint keys would begin with it. But a host that is not a
+        # store's may be named like its bucket.
+        name = re.escape(self.config.bucket)
+        pattern = rf"(?<=://){name}\.(?=.*(s3|spaces|storage))|/{name}$"
+        right = re.sub(pattern, "", self.endpoint)
+        if right != self.endpoint:
+            raise ConfigError(
+                f"{self.config.file}: [s3] endpoint_url = {self.endpoint} has the bucket's name "
+                f"in it. Set endpoint_url = {right}"
+            )
+        self._extra = self._parameters(client)
+        # Expect costs a round trip, and a second with a server that ignores it. It is not signed.
+        client.meta.events.register("before-sign.s3.PutObject", without_expect)
+        return client
 
     def _parameters(self, client: Any) -> Json:
         """Return [s3:put_object] with the types of botocore's model. Raises ConfigError."""
@@ -1750,24 +1754,25 @@ class S3(CircuitBreaker):
             "integer": int,
             "map": json.loads,
         }
-        extra: Json = {"Bucket": "b", "Key": "k"}
+        extra: Json = {}
+        where = f"{self.config.file}: [{PUT_OBJECT}]"
         for name, text in self.config.put_object.items():
-            where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
             if name not in shape.members:
                 likely = nearest(name, shape.members)
-                raise ConfigError(f"{where}: unknown to this boto3{likely}")
+                raise ConfigError(f"{where} {name}: unknown to this boto3{likely}")
             kind = shape.members[name].type_name
             try:
                 refuse_quotes(text)
                 extra[name] = parsers.get(kind, str)(text)
-                report = botocore.validate.ParamValidator().validate(extra, shape)
-                if report.has_errors():
-                    raise ValueError(" ".join(report.generate_report().split()))
             except ValueError as error:
                 raise ConfigError(
-                    f"{where} = {text!r}: {error}. Its type is {kind}"
+                    f"{where} {name} = {text!r}: {error}. Its type is {kind}"
                 ) from None
-        return {name: extra[name] for name in self.config.put_object}
+        whole = {"Bucket": "b", "Key": "k"} | extra
+        report = botocore.validate.ParamValidator().validate(whole, shape)
+        if report.has_errors():
+            raise ConfigError(f"{where}: {report.generate_report()}")
+        return extra
 
     def key(self, name: str) -> str:
         """Return the key of an object, under the prefix."""
@@ -1779,25 +1784,20 @@ class S3(CircuitBreaker):
         With `IfNoneMatch = *` an object that exists stays as it is.
         """
         self.client()
-        try:
-            answer = self._call(
-                "put_object",
-                Key=self.key(name),
-                Body=body,
-                ContentType=content_type,
-                ChecksumAlgorithm="SHA256",  # Object Lock demands this header too
-                ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
-                **self._extra,
-            )
-        except UpstreamError as error:
-            if error.status == 412 and "IfNoneMatch" in self._extra:
-                return
-            raise
-        if not answer.get(
-            "ETag"
-        ):  # botocore takes any 200 for success, also a proxy's page
+        answer = self._call(
+            "put_object",
+            412 if "IfNoneMatch" in self._extra else None,
+            Key=self.key(name),
+            Body=body,
+            ContentType=content_type,
+            ChecksumAlgorithm="SHA256",  # Object Lock demands this header too
+            ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
+            **self._extra,
+        )
+        # botocore takes any 200 for success, also a proxy's page.
+        if answer is not None and not answer.get("ETag"):
             text = f"a 200 without an ETag is not S3's answer{proxy_of(self.endpoint)}"
-            raise self.error("bad_answer", text, 200)
+            raise self.error("bad_answer", text)
 
     def exists(self, name: str) -> bool:
         """Return whether an object exists. Raises ConfigError, UpstreamError."""
@@ -1806,44 +1806,41 @@ class S3(CircuitBreaker):
         extra = {
             name: value for name, value in self._extra.items() if "SSECustomer" in name
         }
-        try:
-            self._call("head_object", Key=self.key(name), **extra)
-            return True
-        except UpstreamError as error:
-            if error.status == 404:
-                return False
-            raise
+        return self._call("head_object", 404, Key=self.key(name), **extra) is not None
 
-    def _call(self, operation: str, **parameters: Any) -> Any:
-        """Call an operation on the bucket; return the answer. Raises ConfigError, UpstreamError."""
+    def _call(self, operation: str, expected: int | None, **parameters: Any) -> Any:
+        """Call an operation on the bucket; return the answer, or None for an expected status.
+
+        Raises ConfigError, UpstreamError.
+        """
+        client = self.client()
         try:
-            answer = getattr(self.client(), operation)(
-                Bucket=self.config.bucket, **parameters
-            )
-        except (ConfigError, UpstreamError):
-            raise
+            answer = getattr(client, operation)(Bucket=self.config.bucket, **parameters)
         except Exception as error:  # boto3's exceptions have no common class
-            raise self._failure(error) from None
-        self.date = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+            failure = self._failure(error)
+            if failure.status == expected:
+                return None
+            raise failure from None
+        self.date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return answer
 
     def _failure(self, error: Exception) -> UpstreamError:
         """Return an exception of boto3 as an UpstreamError."""
         answer = getattr(error, "response", None) or {}
         metadata, problem = answer.get("ResponseMetadata", {}), answer.get("Error", {})
-        status = metadata.get("HTTPStatusCode", 0)
+        status, headers = (
+            metadata.get("HTTPStatusCode", 0),
+            metadata.get("HTTPHeaders", {}),
+        )
         cause = str(problem.get("Code") or status or type(error).__name__)
-        headers = {
-            name.title(): value for name, value in metadata.get("HTTPHeaders", {}).items()
-        }
-        self.date = headers.get("Date")
+        self.date = headers.get("date")
         detail = getattr(error, "kwargs", {}).get(
             "error", ""
         )  # why, of a botocore exception
         text = f"{problem.get('Message') or error} ({cause}) {detail}".strip()
         if cause == "NoSuchBucket":
             text = f"bucket {self.config.bucket} does not exist ({cause})"
-        region = headers.get("X-Amz-Bucket-Region") or problem.get("Region")
+        region = headers.get("x-amz-bucket-region") or problem.get("Region")
         if region and self._client and region != self._client.meta.region_name:
             text += f". The bucket is in {region}: set [s3] region = {region}"
         if status in (0, 403, 407):
@@ -1882,30 +1879,26 @@ class S3(CircuitBreaker):
 # Archiver: takes jobs from the queue and puts their objects into S3
 # --------------------------------------------------------------------------------------------------
 
-# An alert's objects by its source; the detail last: if it exists, all of its alert does. A new kind
-# of object gets its place here, and a path below if its body comes from the API.
-STEPS = {
-    "webhooks": ("webhooks", "events", "alerts"),
-    "backfill": ("backfill", "events", "alerts"),
-    "rejected": ("rejected",),
-}
-API_PATHS = {"events": "/alerts/{}/events", "alerts": "/alerts/{}"}
+NOT_FOUND = "threatstack_not_found"
 NOT_FOUND_LIMIT = 3600.0  # seconds for which the API may lag behind the webhook
 
 
-def name_of(step: str, job: Job) -> str:
+def name_of(kind: str, job: Job) -> str:
     """Return the name of one of a job's objects: its key without the prefix."""
-    if step in API_PATHS:
-        return f"{step}/{job.id[0:2]}/{job.id[2:4]}/{job.id}"
-    return f"{step}/{job.minute}/{job.id}"
+    if kind in ("events", "alerts"):
+        return f"{kind}/{job.id[0:2]}/{job.id[2:4]}/{job.id}"
+    return f"{kind}/{job.minute}/{job.id}"
+
+
+# Threads with a name, lanes of jobs that they take in this order, the upstreams that they need,
+# their number, and the jobs that were taken for them.
+Pool = namedtuple("Pool", "name lanes upstreams size jobs")
 
 
 class Archiver:
     """Two pools of worker threads, and a dispatcher that gives them jobs.
 
-    The store pool needs S3 alone, so an API that hangs does not hold up webhooks. A pool has
-    `lanes` of jobs that it takes in this order, upstreams that it `needs`, a `size` in threads,
-    and counts the jobs that it has `taken`.
+    The store pool needs S3 alone, so an API that hangs does not hold up webhooks.
     """
 
     def __init__(self, config: Config, queue_: Queue) -> None:
@@ -1913,27 +1906,16 @@ class Archiver:
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
         self.upstreams: tuple[CircuitBreaker, ...] = (self.s3, self.threatstack)
         n = config.workers
-        self.pools = [
-            SimpleNamespace(
-                name="store", lanes=["store"], size=-(-n // 4), needs=[self.s3]
-            ),
-            SimpleNamespace(
-                name="detail",
-                lanes=["detail", "backfill"],
-                size=n,
-                needs=self.upstreams,
-            ),
-        ]
-        for pool in self.pools:
-            pool.jobs, pool.taken = SimpleQueue(), 0
+        self.pools = (
+            Pool("store", ["store"], [self.s3], -(-n // 4), SimpleQueue()),
+            Pool("detail", ["detail", "backfill"], self.upstreams, n, SimpleQueue()),
+        )
         self.wake = threading.Event()  # there may be a job to dispatch
         self.stopping = False
         self.fatal: Exception | None = None  # what ends the process
         self.threads: list[Thread] = []
-        self._lock = Lock()  # for `taken` of pools and _archived
+        self._lock = Lock()  # for _archived
         self._archived: dict[int, Future[bool]] = {}  # of jobs for which answers wait
-        for upstream in self.upstreams:
-            upstream.on_open = self.stop_waiting
 
     def start(self) -> None:
         """Start the threads, unless there are to be none."""
@@ -2007,127 +1989,118 @@ class Archiver:
             self.wake.wait(0.25)  # jobs become due, and other processes queue some
 
     def _fill(self, pool: Any, lane: str) -> None:
-        """Take jobs for a pool: twice its size, for a worker should find the next one there."""
-        n = 2 * pool.size - pool.taken
-        for upstream in pool.needs:
+        """Have as many jobs wait as the pool has threads: a worker should find the next there."""
+        n = pool.size - pool.jobs.qsize()
+        for upstream in pool.upstreams:
             n = upstream.allowance(n)
         for job in self.queue.take(lane, n) if n > 0 else ():
-            for upstream in pool.needs:
+            for upstream in pool.upstreams:
                 if upstream.open_for:
                     job.probe = True
                     # A probe that hangs is followed by another.
                     upstream.probe_at = monotonic() + MAX_PROBE_PAUSE
-            with self._lock:
-                pool.taken += 1
             pool.jobs.put(job)
 
     def _work(self, pool: Any) -> None:
         """Archive the pool's jobs. A worker thread."""
-        while job := pool.jobs.get():
+        while (job := pool.jobs.get()) and not self.stopping:
             expect_progress_within(self.config.timeout + LONGEST_CALL)
             try:
-                self._archive(job, pool)
+                if job.probe or not any(upstream.open_for for upstream in pool.upstreams):
+                    self._archive(job)
             except ConfigError as error:
                 self.fatal = error
             except UpstreamError as error:
                 self._put_off(job, error)
-            except QueueError:  # logged; its body cannot be read now
-                job.due = monotonic() + 1
-            except Exception as error:  # a bug; this thread goes on
-                job.due, job.error_type = monotonic() + 60, "internal"
+            except Exception as error:  # a bug, or a disk that fails; this thread goes on
+                job.due, job.error_type = monotonic() + 10, "internal"
                 job.error_message = explain(error)
                 log_error(
                     "alert failed, will be retried", id=job.id, error=job.error_message
                 )
             self.queue.settle(job)
             with self._lock:
-                pool.taken -= 1
                 if job.done and job.number in self._archived:
                     self._archived.pop(job.number).set_result(True)
-            if any(pool.taken <= pool.size for pool in self.pools):
+            if any(pool.jobs.empty() for pool in self.pools):
                 self.wake.set()
             expect_progress_within(math.inf)  # until the next job
 
-    def _archive(self, job: Job, pool: Any) -> None:
-        """Put the objects that the job lacks into S3, as long as they are this pool's.
+    def _archive(self, job: Job) -> None:
+        """Put the objects of the job's next steps into S3.
 
         Raises ConfigError, UpstreamError, QueueError.
         """
-        steps, skipped = STEPS[job.source], ""
-        wanted = self.config.auth == "hawk" and self.config.events
-        for step in steps[steps.index(job.step) :]:
-            job.step = (
-                skipped or step
-            )  # while the detail is missing too, the events may still come
-            unavailable = any(upstream.open_for for upstream in pool.needs)
-            if (
-                self.stopping
-                or job.lane not in pool.lanes
-                or (unavailable and not job.probe)
-            ):
+        kinds, rejected = [job.source], job.source == "rejected"
+        if job.step == job.source:
+            content_type = "application/octet-stream" if rejected else "application/json"
+            body = self.queue.read(Queue.BODY, job.number)[0]["body"]
+            self.s3.call(self.s3.put, name_of(job.source, job), body, content_type)
+            job.step = "events"
+            if not rejected:
                 return
-            if step == "events" and not wanted:
-                skipped = step
-                continue
-            try:
-                self._put_object(job, step)
-            except UpstreamError as error:
-                if step != "events" or error.status != 404:
-                    raise
-                skipped = step
-                warning("the API has no events of this alert", id=job.id)
+        else:
+            kinds += self._put_detail(job)
         job.done = True
         age = max(0.0, time.time() - job.received)
-        if job.source != "rejected":
+        if not rejected:
             add("ts3d_alerts_archived_total")
             add("ts3d_archive_seconds_sum", age)
             add("ts3d_archive_seconds_count")
-        names = [name_of(step, job) for step in steps if step != skipped]
-        keys = ",".join(map(self.s3.key, names))
+        keys = ",".join(self.s3.key(name_of(kind, job)) for kind in kinds)
         info("archived", id=job.id, tries=job.tries + 1, seconds=age, keys=keys)
 
-    def _put_object(self, job: Job, step: str) -> None:
-        """Put one of the job's objects. Raises ConfigError, UpstreamError, QueueError."""
-        kind = "application/octet-stream" if step == "rejected" else "application/json"
-        if step in API_PATHS:
-            # Only the detail names its alert.
-            id_ = job.id if step == "alerts" else None
-            path = API_PATHS[step].format(job.id)
-            body = self.threatstack.call(self.threatstack.get, path, id_)
-        else:
-            body = self.queue.read(Queue.BODY, job.number)[0]["body"]
-        self.s3.call(self.s3.put, name_of(step, job), body, kind)
+    def _put_detail(self, job: Job) -> list[str]:
+        """Put an alert's detail, with Hawk its events before; return the kinds of its objects.
+
+        The detail comes last: if it exists, all of its alert does. Raises ConfigError,
+        UpstreamError.
+        """
+        get = partial(self.threatstack.call, self.threatstack.get)
+        if job.step == "events" and self.config.auth == "hawk" and self.config.events:
+            try:
+                events = get(f"/alerts/{job.id}/events")
+                self.s3.call(self.s3.put, name_of("events", job), events)
+                job.step = "alerts"
+            except UpstreamError as error:
+                if error.type != NOT_FOUND:
+                    raise
+                # If the API lags, the detail is missing too, and both are asked for again.
+                warning("the API has no events of this alert", id=job.id)
+        detail = get(f"/alerts/{job.id}", job.id)
+        self.s3.call(self.s3.put, name_of("alerts", job), detail)
+        return ["events", "alerts"] if job.step == "alerts" else ["alerts"]
 
     def _put_off(self, job: Job, error: UpstreamError) -> None:
         """Have a job retried later, or mark it failed."""
-        now, upstream = monotonic(), self.upstreams[error.upstream != "s3"]
-        # Time counts only if the upstream has worked since this alert failed before. An outage in
-        # between must not count either, so no interval counts for longer than a pause.
-        counts = 0 < job.failed_at < upstream.worked_at
-        counted = min(now - job.failed_at, MAX_RETRY_PAUSE) if counts else 0.0
-        same = job.error_type == error.type
-        job.failed_at, job.error_type, job.error_message = now, error.type, str(error)
-        if not same:
+        upstream = self.s3 if error.upstream == "s3" else self.threatstack
+        failed_before, job.failed_at = job.failed_at, monotonic()
+        if job.error_type != error.type:
             job.error_since = time.time()
+            if error.type == NOT_FOUND:  # its hour is one of 404s
+                failed_before = job.failing = 0.0
+        job.error_type, job.error_message = error.type, str(error)
         add("ts3d_retries_total", label=f'{{upstream="{error.upstream}"}}')
         if upstream.open_for:
+            self.stop_waiting()
             job.due = upstream.probe_at
             return debug("alert waits for the upstream", id=job.id, error=error)
-        job.failing += counted
-        limit, spent = self.config.give_up_after, job.failing
-        if error.type == "threatstack_not_found":
-            job.not_found += counted if same else 0.0
-            limit, spent = min(limit, NOT_FOUND_LIMIT), job.not_found
+        # Time counts only if the upstream has worked since this alert failed before. An outage in
+        # between must not count either, so no interval counts for longer than a pause.
+        if 0 < failed_before < upstream.worked_at:
+            job.failing += min(job.failed_at - failed_before, MAX_RETRY_PAUSE)
+        limit = self.config.give_up_after
+        if error.type == NOT_FOUND:
+            limit = min(limit, NOT_FOUND_LIMIT)
         job.tries += 1
-        if counts and spent >= limit:
+        if job.failing > limit:
             job.failed = True
             add("ts3d_alerts_failed_total")
             return log_error(
                 "alert marked failed", id=job.id, tries=job.tries, error=error
             )
-        pause = min(backoff(job.tries - 1, 0, MAX_RETRY_PAUSE), max(limit - spent, 1.0))
-        pause = max(pause, error.retry_after)
-        job.due = now + pause
+        pause = max(backoff(job.tries - 1, 0, MAX_RETRY_PAUSE), error.retry_after)
+        job.due = job.failed_at + pause
         text = "alert failed, will be retried"
         warning(text, id=job.id, tries=job.tries, retry_seconds=pause, error=error)
 

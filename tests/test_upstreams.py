@@ -6,6 +6,7 @@ archived, with nothing failed, nothing lost and nobody's help.
 
 import contextlib
 import gzip
+import http.client
 import itertools
 import json
 import os
@@ -773,8 +774,11 @@ def test_how_long_an_upstream_asks_to_be_left_alone(monkeypatch, headers, second
     monkeypatch.setattr(time, "time", lambda: 1484661005.0)
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
+    message = http.client.HTTPMessage()
+    for name, value in headers.items():
+        message[name] = value
     try:
-        error = ts3d.UpstreamError("threatstack", "rate_limited", "because", 429, headers)
+        error = ts3d.UpstreamError("threatstack", "rate_limited", "because", 429, message)
     finally:
         monkeypatch.undo()
         time.tzset()
