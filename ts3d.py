@@ -855,10 +855,13 @@ class Queue:
         """Open the connections. Raises QueueError, OSError, sqlite3.Error."""
         if self.place:
             self._lock_file = create_file(self.path + ".lock")
-            if not try_lock(self._lock_file, fcntl.LOCK_EX):
-                raise QueueError(
-                    "another `ts3d serve` uses this queue. Stop that one first"
-                )
+            deadline = monotonic() + 1  # `running` holds it for a moment
+            while not try_lock(self._lock_file, fcntl.LOCK_EX):
+                if monotonic() > deadline:
+                    raise QueueError(
+                        "another `ts3d serve` uses this queue. Stop that one first"
+                    )
+                time.sleep(0.01)
             create_file(self.path).close()
             self._recover()
         self._db, self._reader, self._checkpointer = (

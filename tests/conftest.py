@@ -374,7 +374,7 @@ def new_proxy(tmp_path):
 
     yield start
     for process in processes:
-        process.terminate()
+        process.kill()
         process.wait()
 
 
