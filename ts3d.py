@@ -1758,23 +1758,23 @@ class S3(CircuitBreaker):
             "map": json.loads,
         }
         extra: Json = {}
-        where = f"{self.config.file}: [{PUT_OBJECT}]"
         for name, text in self.config.put_object.items():
+            where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
             if name not in shape.members:
                 likely = nearest(name, shape.members)
-                raise ConfigError(f"{where} {name}: unknown to this boto3{likely}")
+                raise ConfigError(f"{where}: unknown to this boto3{likely}")
             kind = shape.members[name].type_name
             try:
                 refuse_quotes(text)
                 extra[name] = parsers.get(kind, str)(text)
+                whole = {"Bucket": "b", "Key": "k", name: extra[name]}
+                report = botocore.validate.ParamValidator().validate(whole, shape)
+                if report.has_errors():
+                    raise ValueError(" ".join(report.generate_report().split()))
             except ValueError as error:
                 raise ConfigError(
-                    f"{where} {name} = {text!r}: {error}. Its type is {kind}"
+                    f"{where} = {text!r}: {error}. Its type is {kind}"
                 ) from None
-        whole = {"Bucket": "b", "Key": "k"} | extra
-        report = botocore.validate.ParamValidator().validate(whole, shape)
-        if report.has_errors():
-            raise ConfigError(f"{where}: {report.generate_report()}")
         return extra
 
     def key(self, name: str) -> str:
