@@ -1844,10 +1844,9 @@ class S3(CircuitBreaker):
         if cause == "NoSuchBucket":
             text = f"bucket {self.config.bucket} does not exist ({cause})"
         region = headers.get("x-amz-bucket-region") or problem.get("Region")
-        if region and self._client and region != self._client.meta.region_name:
+        if region and status in (301, 400):
             text += f". The bucket is in {region}: set [s3] region = {region}"
-        if status in (0, 403, 407):
-            text += proxy_of(self.endpoint)
+        text += proxy_of(self.endpoint)
         failure = self.error(cause, text, status, headers)
         if re.match(CREDENTIALS, failure.type):
             self._client = None  # botocore reads a credentials file only once
@@ -1907,7 +1906,7 @@ class Archiver:
     def __init__(self, config: Config, queue_: Queue) -> None:
         self.config, self.queue = config, queue_
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
-        self.upstreams: tuple[CircuitBreaker, ...] = (self.s3, self.threatstack)
+        self.upstreams = (self.s3, self.threatstack)
         n = config.workers
         self.pools = (
             Pool("store", ["store"], [self.s3], -(-n // 4), SimpleQueue()),
