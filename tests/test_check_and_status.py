@@ -1029,7 +1029,7 @@ def test_a_daemon_that_starts_while_status_looks_is_never_refused(new_daemon):
     def look():
         queue = ts3d.Queue(str(daemon.queue), 1 << 30)
         while not done.is_set():
-            queue.running()
+            ts3d.running(queue.path)
         queue.close()
 
     threads = [threading.Thread(target=look) for _ in range(4)]
