@@ -2759,14 +2759,12 @@ def notify(text: str) -> None:
 # Commands
 # --------------------------------------------------------------------------------------------------
 
-STOP_WITHIN = 7.0  # seconds from SIGTERM for what is at work; a stop takes 10 at most
 BACKFILL_QUEUED = 1000  # queued alerts with which backfill waits
 BACKFILL_PATIENCE = 600.0  # seconds without progress after which backfill ends
 SUMMARY = (
     "{listed} listed, {archived} archived already, {waiting} queued already, {queued} queued, "
     "{invalid} invalid and not archived"
 )
-BACKFILL_OVERLAP, BACKFILL_FIRST = 3600.0, 86400.0  # seconds by which it goes back
 
 
 def require_upstreams(config: Config) -> None:
@@ -2781,6 +2779,11 @@ def require_upstreams(config: Config) -> None:
     if exists(file):
         environ.setdefault("AWS_SHARED_CREDENTIALS_FILE", file)
         environ.setdefault("AWS_CONFIG_FILE", file)
+
+
+def open_queue(config: Config) -> closing[Queue]:
+    """Return the queue, for a `with` statement. Raises ConfigError."""
+    return closing(Queue(config.path, config.max_size))
 
 
 def serve(config: Config) -> int:
@@ -2805,8 +2808,8 @@ def serve(config: Config) -> int:
     for sock in listen(config):
         threads.append(start_thread(f"acceptor-{sock.fileno()}", server.accept, sock))
         urls.append(url_of(sock, "https" if config.tls else "http"))
-    text = f"ts3d {VERSION} listens on {','.join(urls)}"
-    info(text, queue=config.path, bucket=config.bucket, workers=config.workers)
+    listening = f"ts3d {VERSION} listens on {','.join(urls)}"
+    info(listening, queue=config.path, bucket=config.bucket)
     if not config.webhook_token:
         warning("[server] webhook_token is not set: every local user can post alerts")
     notify("READY=1")  # before boto3 is imported, which takes longer than all the rest
@@ -2814,7 +2817,7 @@ def serve(config: Config) -> int:
     try:
         supervise(signals, queue_, archiver, threads + archiver.threads)
     finally:
-        deadline = monotonic() + STOP_WITHIN
+        deadline = monotonic() + 7  # a stop takes 10 s at most
         server.stopping = archiver.stopping = True
         archiver.stop_waiting()
         notify("STOPPING=1\nSTATUS=stopping")
@@ -2843,8 +2846,9 @@ def supervise(
             warning("SIGHUP ignored: there is no reload. Use systemctl restart ts3d")
         for thread in threads:
             if not thread.is_alive():
-                text = f"thread {thread.name} ended. A restart continues its work"
-                raise RuntimeError(text)
+                raise RuntimeError(
+                    f"thread {thread.name} ended. A restart continues its work"
+                )
         if fatal := queue_.fatal or archiver.fatal:
             raise fatal
         now = monotonic()
@@ -2856,7 +2860,7 @@ def supervise(
         for error in (queue_.error, archiver.problem()):
             if error:
                 text += f"; {error}"
-        notify(printable(text))
+        notify(text)
         if not late:
             notify("WATCHDOG=1")
 
@@ -2871,7 +2875,7 @@ def check(path: str) -> int:
         return 1
     config = load_config(path)
     s3, threatstack = S3(config), ThreatStack(config)
-    results = [
+    tests = [
         passes("listen", check_listen, config),
         passes("queue", check_queue, config),
         passes("credentials", s3.credentials),
@@ -2879,7 +2883,7 @@ def check(path: str) -> int:
         passes("threatstack", threatstack.check),
         passes("clock", lambda: check_clock(s3.date, threatstack.date)),
     ]
-    return int(not all(results))
+    return int(not all(tests))
 
 
 def passes(name: str, test: Callable[..., str], *args: Any) -> bool:
@@ -2916,10 +2920,11 @@ def check_queue(config: Config) -> str:
             create_file(config.path).close()
             os.remove(config.path)
         except OSError as error:
-            text = f"[queue] path = {config.path} cannot be written: {error}. Name another file"
-            raise ConfigError(text) from None
+            raise ConfigError(
+                f"[queue] path = {config.path} cannot be written: {error}. Name another file"
+            ) from None
         return f"{config.path} can be created"
-    with closing(Queue(config.path, config.max_size)) as queue_:
+    with open_queue(config) as queue_:
         queue_.require_writable()
         return f"{config.path}: {queue_.facts['queued']} queued, {queue_.facts['failed']} failed"
 
@@ -2944,9 +2949,9 @@ def status(config: Config, failed: bool, as_json: bool) -> int:
     Example: ts3d status --failed. Exit codes: 0 no problem, 1 a problem, 2 wrong usage, 78 wrong
     configuration.
     """
-    with closing(Queue(config.path, config.max_size)) as queue_:
-        report: Json = {"running": running(config.path), **queue_.facts}
-        report["causes"] = queue_.problems()
+    with open_queue(config) as queue_:
+        causes, facts = queue_.problems(), queue_.facts
+        report: Json = {"running": running(config.path), **facts, "causes": causes}
         if failed:
             report["failures"] = list(queue_.failures())
     if as_json:
@@ -2957,7 +2962,7 @@ def status(config: Config, failed: bool, as_json: bool) -> int:
             say("    {type}: {message}".format_map(alert["error"]))
     else:
         show_status(report, config.path)
-    return int(bool(report["causes"]))
+    return int(bool(causes))
 
 
 def show_status(report: Json, path: str) -> None:
@@ -3001,13 +3006,15 @@ def retry(config: Config, ids: list[str]) -> int:
     Example: ts3d retry 587c0159a907346eccb84004. Exit codes: 0 done, 1 a named alert has not
     failed, 2 wrong usage, 78 wrong configuration.
     """
-    with closing(Queue(config.path, config.max_size)) as queue_:
+    with open_queue(config) as queue_:
         counts = queue_.retry(dict.fromkeys(ids) or [""])
-    for id_ in ids:
-        if not counts[id_]:
-            complain(f"{id_} has not failed. List failed alerts: ts3d status --failed")
     print(f"{sum(counts.values())} queued again")
-    return int(not all(map(counts.get, ids)))
+    missing = " ".join(id_ for id_ in ids if not counts[id_])
+    if missing:
+        raise QueueError(
+            f"there is no failed alert {missing}. List failed alerts: ts3d status --failed"
+        )
+    return 0
 
 
 def time_argument(text: str) -> float:
@@ -3019,8 +3026,9 @@ def time_argument(text: str) -> float:
             raise ValueError("is not a time such as 2026-11-24T18:00:00Z")
         return read_time(re.sub("^[0-9]{4}-[0-9]{2}-[0-9]{2}$", r"\g<0>T00:00:00Z", text))
     except ValueError as error:
-        text = f"{text!r} {error}, nor a date such as 2026-11-24, nor an age such as 2h"
-        raise ArgumentTypeError(text) from None
+        raise ArgumentTypeError(
+            f"{text!r} {error}, nor a date such as 2026-11-24, nor an age such as 2h"
+        ) from None
 
 
 def backfill(config: Config, since: float | None, until: float | None) -> int:
@@ -3041,15 +3049,15 @@ def backfill(config: Config, since: float | None, until: float | None) -> int:
     now = time.time()
     begin, end = since, min(until or now, now)  # one end for all pages
     try:
-        with closing(Queue(config.path, config.max_size)) as queue_:
+        with open_queue(config) as queue_:
             if begin is None:
                 done = queue_.backfilled()
                 # A time in the future was noted by a clock that was wrong.
-                known = 0 < done <= now
-                begin = done - BACKFILL_OVERLAP if known else end - BACKFILL_FIRST
+                begin = done - 3600 if 0 < done <= now else end - 86400
             if begin >= end:
-                text = f"--from {rfc_3339(begin)} is not before --until {rfc_3339(end)}"
-                raise ArgumentTypeError(text)
+                raise ArgumentTypeError(
+                    f"--from {rfc_3339(begin)} is not before --until {rfc_3339(end)}"
+                )
             for page in list_pages(threatstack, rfc_3339(begin), rfc_3339(end)):
                 wait_for_room(queue_)
                 queue_missing(page, queue_, s3, counts)
@@ -3059,7 +3067,8 @@ def backfill(config: Config, since: float | None, until: float | None) -> int:
         how = ""
     finally:
         show_progress("")
-        print(f"backfill{how}: {SUMMARY.format_map(counts)}")
+        summary = SUMMARY.format_map(counts)
+        print(f"backfill{how}: {summary}")
     return min(counts["invalid"], 1)
 
 
@@ -3072,12 +3081,13 @@ def list_pages(threatstack: ThreatStack, since: str, until: str) -> Iterator[str
         kinds = ("active", "dismissed")
         lists = [f"/alerts?status={kind}&from={since}&until={until}" for kind in kinds]
     for path in lists:
-        answer, more = None, ""
+        answer, more = ("", ""), ""
         for number in itertools.count(1):
             before, answer = answer, insist(threatstack.list, path + more)
             if answer == before:
-                text = "the list of alerts has no end"
-                raise threatstack.error("bad_answer", text, 200)
+                raise threatstack.error(
+                    "bad_answer", "the list of alerts has no end", 200
+                )
             page, token = answer
             yield page
             if not token and (hawk or page == "[]"):
@@ -3107,13 +3117,14 @@ def insist(call: Callable[[str], Any], name: str) -> Any:
 
 def wait_for_room(queue_: Queue) -> None:
     """Wait while BACKFILL_QUEUED alerts are queued. Raises QueueError if their number stays."""
-    queued = deadline = 0.0
-    while queue_.facts["queued"] >= BACKFILL_QUEUED:
-        if queue_.facts["queued"] != queued:
-            queued, deadline = queue_.facts["queued"], monotonic() + BACKFILL_PATIENCE
-        if monotonic() > deadline:
-            raise QueueError(f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status")
-        time.sleep(1)
+    while (queued := queue_.facts["queued"]) >= BACKFILL_QUEUED:
+        deadline = monotonic() + BACKFILL_PATIENCE
+        while queue_.facts["queued"] == queued:
+            if monotonic() > deadline:
+                raise QueueError(
+                    f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status"
+                )
+            time.sleep(1)
 
 
 def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> None:
@@ -3127,8 +3138,8 @@ def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> Non
         if isinstance(job, Malformed):
             log_error("backfill: invalid alert", id=job.id, error=job)
             # The time is only for the key, and the API has this alert's detail.
-            minute, body = minute_of(time.time()), literal.encode()
-            job = Job(job.id or "", minute, "backfill", "backfill", body)
+            minute = minute_of(time.time())
+            job = Job(job.id or "", minute, "backfill", "backfill", literal.encode())
         if ALERT_ID.fullmatch(job.id):
             jobs[job.id] = job
         else:
@@ -3149,15 +3160,8 @@ def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> Non
 
 def show_progress(text: str) -> None:
     """Show the progress on a terminal, in one line that the next text replaces."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         print(f"\r\x1b[K{printable(text)[:79]}", end="\r", file=sys.stderr)
-
-
-def complain(text: str) -> None:
-    """Print an error in one line, and show it in `systemctl status`."""
-    line, priority = printable(text), "<3>" if in_journal() else ""
-    notify(f"STATUS={line}")
-    print(f"{priority}ts3d: {line}", file=sys.stderr)
 
 
 COMMANDS = (serve, check, status, retry, backfill)
@@ -3177,23 +3181,27 @@ def parse_arguments(arguments: list[str] | None) -> Json:
         boto3 = importlib.metadata.version("boto3")
     text = f"ts3d {VERSION}, boto3 {boto3}, SQLite {sqlite3.sqlite_version}, Python {sys.version}"
     parser.add_argument("--version", action="version", version=text)
-    parsers, commands = parser.add_subparsers(metavar="COMMAND"), {}
+    parsers = parser.add_subparsers(metavar="COMMAND")
     for run in COMMANDS:
         text = str(run.__doc__)
-        commands[run] = parsers.add_parser(
+        command = parsers.add_parser(
             run.__name__, parents=[option], help=text.split(".")[0], description=text
         )
-        commands[run].set_defaults(run=run)
-    add = commands[status].add_argument
-    add("--failed", action="store_true", help="list failed alerts and errors")
-    add("--json", dest="as_json", action="store_true", help="print JSON")
-    add = commands[retry].add_argument
-    add("ids", metavar="ID", nargs="*", help="default: all failed alerts")
-    add = partial(commands[backfill].add_argument, metavar="T", type=time_argument)
-    text = "a time (RFC 3339), a date (UTC) or an age such as 2h; default: "
-    last = "an hour before the end of the last complete run, at first 24 hours ago"
-    add("--from", dest="since", help=text + last)
-    add("--until", help=text + "now")
+        command.set_defaults(run=run)
+        add = command.add_argument
+        if run is status:
+            add("--failed", action="store_true", help="list failed alerts and errors")
+            add("--json", dest="as_json", action="store_true", help="print JSON")
+        if run is retry:
+            add("ids", metavar="ID", nargs="*", help="default: all failed alerts")
+        if run is backfill:
+            add = partial(add, metavar="T", type=time_argument)
+            text = "a time (RFC 3339), a date (UTC) or an age such as 2h; default: "
+            last = (
+                "an hour before the end of the last complete run, at first 24 hours ago"
+            )
+            add("--from", dest="since", help=text + last)
+            add("--until", help=text + "now")
     return vars(parser.parse_args(arguments))
 
 
@@ -3201,26 +3209,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command that the arguments name; return its exit code."""
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass  # else the next file that is opened would take the place of, say, standard error
-    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
     with suppress(AttributeError):  # upstreams' texts may exceed the locale
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+        sys.stdout.reconfigure(  # type: ignore[union-attr]
+            errors="backslashreplace", line_buffering=True
+        )
     chosen = parse_arguments(arguments)
     run = chosen.pop("run")
     path = chosen.pop("config", next(filter(exists, CONFIG_FILES), CONFIG_FILES[1]))
     try:
-        if run is check:
+        if run == check:
             return check(path)
         config = load_config(path)
         start_log(config.level)
         return int(run(config, **chosen))
     except KeyboardInterrupt:
         return 130
-    except (
-        BrokenPipeError
-    ):  # `ts3d status | head`; at an orderly exit Python would complain
-        os._exit(1)
+    except BrokenPipeError:  # `ts3d status | head`
+        os._exit(1)  # at an orderly exit Python would complain of it
     except Exception as error:  # a bug too: a traceback is no use to an administrator
-        complain(explain(error))
+        line, priority = printable(explain(error)), "<3>" if in_journal() else ""
+        notify(f"STATUS={line}")
+        print(f"{priority}ts3d: {line}", file=sys.stderr)
         return {ConfigError: 78, ArgumentTypeError: 2}.get(type(error), 1)
 
 
