@@ -218,119 +218,123 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def load_config(path: str) -> Config:
     """Read and check the configuration file and the environment. Raises ConfigError."""
     sections, folder = read_ini(path), dirname(os.path.abspath(path))
-    config = Config(
-        file=path, tls=None, changed=[], put_object=sections.get(PUT_OBJECT, {})
-    )
+    put_object = sections.pop(PUT_OBJECT, {})
+    for name in filter(OWN_PARAMETERS.fullmatch, put_object):
+        raise ConfigError(
+            f"{path}: [{PUT_OBJECT}] {name}: ts3d sets this itself. Remove it"
+        )
+    config = Config(file=path, tls=None, changed=[], put_object=put_object)
     config.secrets = join(folder, environ.get("CREDENTIALS_DIRECTORY") or "secrets")
     for option in OPTIONS:
         load_option(config, option, sections.get(option.section, {}))
+    refuse_unknown(path, sections)
     config.base_url = (config.base_url or BASE_URLS[config.auth]).rstrip("/")
-    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
-    config.path = join(folder, config.path or join(state, "queue.db"))
+    config.path = config.path or join(environ.get("STATE_DIRECTORY", ""), "queue.db")
+    config.path = join(folder, config.path)
     if config.tls_certificate or config.tls_key:
         load_tls(config)
     return config
 
 
+def read_ini(path: str) -> dict[str, dict[str, str]]:
+    """Return the file's options by section. Raises ConfigError."""
+    # No interpolation: keys contain `%`. No default section: its options would be in all others.
+    parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keep upper case
+    try:
+        parser.read_string(read_text(path, path))
+    except (
+        configparser.Error
+    ) as error:  # its own text may quote the line, and so a secret
+        lines = ", ".join(re.findall("line[: ]+([0-9]+)", str(error)))
+        text = f"line {lines}: write each `option = value` once, below a [section]"
+        raise ConfigError(f"{path}: {text}") from None
+    return {section: dict(parser[section]) for section in parser.sections()}
+
+
+def read_text(path: str, where: str) -> str:
+    """Return a file's text; `where` is what names the file. Raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        text = f"{where}: {error}. Create {path} in UTF-8, or name another file"
+        raise ConfigError(text) from None
+
+
 def load_option(config: Config, option: Any, section: dict[str, str]) -> None:
-    """Set one option from the environment, the file or its default. Raises ConfigError."""
-    where = f"{config.file}: [{option.section}] {option.name}"
-    text, file = section.get(option.name), section.get(f"{option.name}_file")
-    variable = ENVIRONMENT.get(option.name, "")
+    """Set an option from the environment, its section, which loses it, or its default.
+
+    Raises ConfigError.
+    """
+    where, variable = (
+        f"[{option.section}] {option.name}",
+        ENVIRONMENT.get(option.name, ""),
+    )
+    text = section.pop(option.name, None)
+    file = section.pop(f"{option.name}_file", None) if option.secret else None
     if environ.get(variable):
-        text, where = environ[variable], f"{variable} (environment)"
+        text, where = environ[variable], f"{where} (from {variable})"
     elif file is not None:
         if text is not None:
-            raise ConfigError(f"{where} and {option.name}_file are both set. Remove one")
-        where, path = f"{where}_file = {file!r}", join(config.secrets, file)
-        try:
-            with open(path, encoding="utf-8") as stream:
-                text = stream.read().strip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{where}: {error}. Write {path}") from None
+            text = (
+                f"{config.file}: {where} and {option.name}_file are both set. Remove one"
+            )
+            raise ConfigError(text)
+        where = f"{where}_file = {file!r}"
+        text = read_text(join(config.secrets, file), f"{config.file}: {where}").strip(
+            "\n"
+        )
     if option.name == "webhook_token" and text == "":  # every client would be admitted
-        raise ConfigError(f"{where}: empty. Write a token there, or remove the line")
+        text = f"{config.file}: {where}: empty. Write a token there, or remove the line"
+        raise ConfigError(text)
     if text and text != option.default:
-        config.changed.append(where.removeprefix(f"{config.file}: "))
-    text = text or option.default
-    value = None
+        config.changed.append(where)
+    value = text or option.default
     try:
-        if text is not None:
-            value = option.parse(text)
-        refuse_quotes(text or "")
+        if value:
+            refuse_quotes(value)
+            value = option.parse(value)
     except ValueError as error:
-        shown = "" if option.secret else f" = {text!r}"
-        raise ConfigError(f"{where}{shown}: {error}") from None
+        shown = "" if option.secret else f" = {value!r}"
+        raise ConfigError(f"{config.file}: {where}{shown}: {error}") from None
     setattr(config, option.name, value)
     if option.secret:  # a shorter secret would be found by chance, and reveal itself so
-        SECRETS.extend(secret for secret in (text or "").split() if len(secret) >= 8)
+        SECRETS.extend(re.findall(r"\S{8,}", value or ""))
 
 
 def refuse_quotes(text: str) -> None:
     """Raise ValueError for quotes and comments, which an INI file takes for parts of the value."""
     if fullmatch(r"(?s)\s*([\"']).*\1\s*|.*\s[#;].*", text):
-        raise ValueError(
-            "a value has no quotes around it and no comment behind it. Remove them"
-        )
+        text = "a value has no quotes around it and no comment behind it. Remove them"
+        raise ValueError(text)
+
+
+def refuse_unknown(path: str, sections: dict[str, dict[str, str]]) -> None:
+    """Raise ConfigError for a section without options, or an option, that ts3d does not know."""
+    for section, names in sections.items():
+        known = [option.name for option in OPTIONS if option.section == section]
+        if not known:
+            likely = nearest(
+                section, [PUT_OBJECT, *(option.section for option in OPTIONS)]
+            )
+            raise ConfigError(f"{path}: unknown section [{section}]{likely}")
+        for name in names:
+            likely = nearest(name, known)
+            # What does not look like a name may be a secret's second line that is not indented.
+            if not fullmatch("[A-Za-z_]{1,30}", name):
+                name = "in a line that is not indented, or misspelt"
+            raise ConfigError(f"{path}: [{section}] unknown option {name}{likely}")
 
 
 def require(config: Config, *names: str) -> None:
     """Raise ConfigError for the first of these options that is not set."""
     for option in OPTIONS:
         if option.name in names and not getattr(config, option.name):
-            raise ConfigError(
-                f"{config.file}: [{option.section}] {option.name} is not set. Set it there, or "
-                f"write the file that {option.name}_file names, in secrets/ beside it"
-            )
-
-
-def read_ini(path: str) -> dict[str, dict[str, str]]:
-    """Return the file's sections, with names checked against OPTIONS. Raises ConfigError."""
-    # No interpolation: keys contain `%`. No default section: its options would be in all others.
-    parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keep upper case
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            parser.read_file(file)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}. Name another file with -c FILE"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-    except (
-        configparser.Error
-    ) as error:  # its own text may quote the line, and so a secret
-        line = getattr(error, "lineno", None) or getattr(error, "errors", [[1]])[0][0]
-        raise ConfigError(
-            f"{path}: line {line}: write each `option = value` once, below a [section]"
-        ) from None
-    sections = {section: dict(parser[section]) for section in parser.sections()}
-    for section, options in sections.items():
-        check_names(path, section, options)
-    return sections
-
-
-def check_names(path: str, section: str, options: Iterable[str]) -> None:
-    """Raise ConfigError for an unknown section or option."""
-    known: dict[str, list[str]] = {PUT_OBJECT: []}
-    for option in OPTIONS:
-        known.setdefault(option.section, []).append(option.name)
-        if option.secret:
-            known[option.section].append(f"{option.name}_file")
-    if section not in known:
-        raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, known)}")
-    for name in options:
-        if section == PUT_OBJECT and OWN_PARAMETERS.fullmatch(name):
-            raise ConfigError(
-                f"{path}: [{section}] {name}: ts3d sets this itself. Remove it"
-            )
-        if section != PUT_OBJECT and name not in known[section]:
-            likely = nearest(name, known[section])
-            # What does not look like a name may be a secret's second line that is not indented.
-            if not fullmatch("[A-Za-z_]{1,30}", name):
-                name = "in a line that is not indented, or misspelt"
-            raise ConfigError(f"{path}: [{section}] unknown option {name}{likely}")
+            text = f"{config.file}: [{option.section}] {option.name} is not set. Set it there"
+            if option.secret:
+                text += f", or write the file that {option.name}_file names"
+            raise ConfigError(text)
 
 
 def load_tls(config: Config) -> None:
