@@ -35,11 +35,11 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import resource
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -52,7 +52,7 @@ import urllib.error
 import urllib.request
 import zlib
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from collections import defaultdict, namedtuple
+from collections import defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -702,17 +702,10 @@ def minute_of(moment: float) -> str:
 # Queue: what was acknowledged and is not archived yet, in one SQLite file
 # --------------------------------------------------------------------------------------------------
 
-MIN_DISK_FREE = (
-    16 << 20
-)  # bytes that webhooks leave free, so that there is room to drain the queue
+MIN_DISK_FREE = 16 << 20  # bytes that webhooks leave free: room to drain the queue
 WAL_SIZE = 4 << 20  # bytes of write-ahead log after which it is copied into the file
 LOCK_TIMEOUT = 5.0  # seconds to wait for another process's transaction
-MAX_OUTCOMES = (
-    10_000  # outcomes that wait for the disk, before no more jobs are taken from it
-)
-NOT_RUNNING = (
-    "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
-)
+MAX_TAKEN = 10_000  # jobs that wait for the disk, before no more are read from it
 KNOWN_FAILURES = {  # text and type of a QueueError, by SQLite's name
     "SQLITE_BUSY": (
         "another program holds the queue's lock. Find it with fuser -v and end it",
@@ -788,9 +781,15 @@ class Queue:
         UPDATE jobs SET step = source
             WHERE :place <> (SELECT value FROM notes WHERE name = 'place');
         INSERT OR REPLACE INTO notes VALUES ('place', :place)"""
-    LOOK = """SELECT queued, failed, (SELECT min(received) FROM jobs WHERE failed = 0) AS oldest,
-        (page_count - freelist_count) * page_size AS size, freelist_count * page_size AS free
+    # The file's free pages are room: it does not shrink when the queue has been drained.
+    LOOK = """SELECT queued, failed, round(max(0, :now - coalesce(
+            (SELECT min(received) FROM jobs WHERE failed = 0), :now)), 3) AS oldest_seconds,
+        (page_count - freelist_count) * page_size + :excess AS queue_bytes,
+        :max_size AS max_bytes, :disk + freelist_count * page_size AS disk_free_bytes
         FROM counts, pragma_page_count, pragma_freelist_count, pragma_page_size"""
+    KIND = """SELECT user_version, (SELECT count(*) FROM sqlite_master)
+        FROM pragma_user_version"""
+    WRITE_A_PAGE = "PRAGMA user_version = 2"
     # Only the newest job of an id: of the bodies A, B, A the last A must come last.
     SAME = """SELECT number FROM jobs WHERE id = :id AND (:source = 'backfill' OR (body = :body
         AND number = (SELECT max(number) FROM jobs WHERE id = :id)))"""
@@ -804,25 +803,29 @@ class Queue:
     # Of two jobs with one id at one step the later waits, so that the later body overwrites.
     TAKE = """SELECT number, id, minute, source, step, received, due, tries, failing, not_found,
         failed_at, error_type, error_message, error_since FROM jobs
-        WHERE failed = 0 AND lane = ? AND due <= ? AND NOT EXISTS (
+        WHERE failed = 0 AND lane = ? AND due <= ?
+        AND number NOT IN (SELECT value FROM json_each(?)) AND NOT EXISTS (
             SELECT 1 FROM jobs AS other WHERE other.id = jobs.id AND other.failed = 0
             AND other.step = jobs.step AND other.number < jobs.number)
         ORDER BY due, number LIMIT ?"""
+    DELETE = "DELETE FROM jobs WHERE number = :number"
     BODY = "SELECT body FROM jobs WHERE number = ?"
     ERRORS = """SELECT number, error_type AS type, error_message AS message FROM jobs
         WHERE number IN (SELECT value FROM json_each(?))"""
-    QUEUED = (
-        "SELECT id FROM jobs WHERE failed = 0 AND id IN (SELECT value FROM json_each(?))"
-    )
+    QUEUED = """SELECT id FROM jobs
+        WHERE failed = 0 AND id IN (SELECT value FROM json_each(?))"""
+    NOTE = "INSERT OR REPLACE INTO notes VALUES ('backfilled', ?)"
+    NOTED = "SELECT coalesce(max(value), 0) FROM notes WHERE name = 'backfilled'"
     # SQLite takes the bare columns from the row that min() finds.
     PROBLEMS = """SELECT error_type AS type, error_message AS message,
         strftime('%Y-%m-%dT%H:%M:%fZ', min(error_since), 'unixepoch') AS since,
         sum(failed = 0) AS queued, sum(failed) AS failed, id AS alert FROM jobs
         WHERE error_type IS NOT NULL GROUP BY error_type"""
-    FAILED = """SELECT number, id, tries, error_type AS type, error_message AS message,
-        strftime('%Y-%m-%dT%H:%M:%fZ', received, 'unixepoch') AS received,
-        strftime('%Y-%m-%dT%H:%M:%fZ', error_since, 'unixepoch') AS since FROM jobs
-        WHERE failed = 1 AND number > ? ORDER BY number LIMIT 1000"""
+    FAILED = """SELECT json_object('id', id,
+        'received', strftime('%Y-%m-%dT%H:%M:%fZ', received, 'unixepoch'), 'tries', tries,
+        'error', json_object('type', error_type, 'message', error_message,
+            'since', strftime('%Y-%m-%dT%H:%M:%fZ', error_since, 'unixepoch')))
+        FROM jobs WHERE failed = 1 ORDER BY number"""
     # Errors from which SQLite recovers by itself. Any other ends the process; so does an unlock
     # that failed, after which SQLite takes a lock for held that is not, until it is closed.
     RECOVERABLE = re.compile(
@@ -838,53 +841,54 @@ class Queue:
         self.path, self.max_size, self.place = path, max_size, place
         self.error: QueueError | None = None  # why the last transaction failed
         self.fatal: QueueError | None = None  # what ends the process
-        self._lock = threading.RLock()  # for _reader, _taken and _outcomes
-        self._taken: set[int] = set()  # numbers of jobs that are not on disk as they are
-        self._outcomes: dict[int, Job] = {}  # what became of them, once that is known
-        self._inbox: SimpleQueue[Any] = SimpleQueue()  # (Write, Future), or None: wake
+        self._lock = threading.RLock()  # for _reader and _taken
+        # Jobs that are not on disk as they are, by number: None while a worker has one, then what
+        # became of it.
+        self._taken: dict[int, Job | None] = {}
+        self._inbox: deque[tuple[Write, Future[Any]]] = deque()
+        self._wake = threading.Event()
         self._closing = False
-        self._looked_at = self._proved_at = -math.inf  # monotonic clock
+        self._proved_at = -math.inf  # when a request was written last, monotonic clock
+        self._inodes: list[int] = []
         try:
             self._open()
-        except (QueueError, sqlite3.Error, OSError) as error:
-            text = f"[queue] path = {path} cannot be opened or written: {error}"
-            if not isinstance(error, QueueError):
-                text += (
-                    ". If there is no queue yet, start the daemon, which creates it; else name "
-                    "a file on a local disk, that this user may write, with 16M free"
-                )
-            raise ConfigError(text) from None
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(
+                f"[queue] path = {path} cannot be opened or written: {error}. If there is no queue "
+                "yet, start the daemon, which creates it; else name a file on a local disk, that "
+                "this user may write, with 16M free"
+            ) from None
         self.writer = start_thread("queue", self._write_all)
 
     def _open(self) -> None:
-        """Open the connections. Raises QueueError, OSError, sqlite3.Error."""
+        """Open the connections. Raises ConfigError, OSError, sqlite3.Error."""
         if self.place:
-            self._lock_file = create_file(self.path + ".lock")
-            if not try_lock(self._lock_file, fcntl.LOCK_EX):
-                raise QueueError(
-                    "another `ts3d serve` uses this queue. Stop that one first"
+            if running(self.path):
+                raise ConfigError(
+                    f"[queue] path = {self.path}: another `ts3d serve` uses it. Stop that one first"
                 )
+            # Not SQLite's file: closing any descriptor of that would drop SQLite's locks. This
+            # waits for no more than another process's `running`.
+            self._lock_file = create_file(self.path + ".lock")
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX)
             create_file(self.path).close()
             self._recover()
         self._db, self._reader, self._checkpointer = (
             connect(self.path) for _ in range(3)
         )
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        version, tables = self._db.execute(self.KIND).fetchone()
         if version != 2 and (version or tables or not self.place):
-            text = f"it is not ts3d's, or of another version ({version}, not 2). Name another, or "
-            raise QueueError(text + "run the ts3d that made it until nothing is queued")
+            raise ConfigError(
+                f"[queue] path = {self.path} is not ts3d's, or of another version ({version}, not "
+                "2). Name another, or run the ts3d that made it until nothing is queued"
+            )
         if self.place:
             self._db.execute("PRAGMA journal_mode = WAL").close()
             if not tables:
                 self._db.executescript(f"BEGIN; {self.SCHEMA} COMMIT;")
             for statement in self.START.split(";"):
                 self._db.execute(statement, {"place": self.place})
-        for db in (self._reader, self._checkpointer):
-            db.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
-        self._inodes = [
-            os.stat(self.path + suffix).st_ino for suffix in ("", "-wal", "-shm")
-        ]
+        self._reader, self._checkpointer = connect(self.path), connect(self.path)
         self._look()
 
     def _recover(self) -> None:
@@ -900,15 +904,17 @@ class Queue:
             return
         kept = f"{self.path}.malformed-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
         # The -wal first: after a crash in between a new file must not meet an old log.
-        for suffix in ("-wal", ""):
+        for suffix in ("-wal", "-shm", ""):
             with suppress(FileNotFoundError):
                 os.rename(self.path + suffix, kept + suffix)
-        with suppress(FileNotFoundError):
-            os.remove(self.path + "-shm")  # an index of the -wal
         create_file(self.path).close()
-        text = "the queue was malformed and was moved aside; alerts in it are not archived. Read "
-        text += "them with `sqlite3 FILE .dump`, then run `ts3d backfill`"
-        log_event(logging.CRITICAL, text, file=kept, cause=problem)
+        log_event(
+            logging.CRITICAL,
+            "the queue was malformed and was moved aside; alerts in it are not archived. Read them "
+            "with `sqlite3 FILE .dump`, then run `ts3d backfill`",
+            file=kept,
+            cause=problem,
+        )
 
     # Writing --------------------------------------------------------------------------------------
 
@@ -920,81 +926,66 @@ class Queue:
         """
         length = sum(len(job.body) for job in jobs)
 
-        def write(db: Connection) -> list[int]:
+        def write(db: Connection) -> list[Any]:
             self._require_room(length)
             self.facts["queue_bytes"] += length
             numbers = []
             for job in jobs:
                 job.received = time.time()
-                values = vars(job)
-                same = db.execute(self.SAME, values).fetchone()
-                if same:
-                    db.execute(self.RETRY, values)
-                    numbers.append(same[0])
-                else:
-                    numbers.append(db.execute(self.INSERT, values).lastrowid)
+                same = db.execute(self.SAME, vars(job)).fetchone()
+                new = db.execute(self.RETRY if same else self.INSERT, vars(job))
+                numbers.append(same[0] if same else new.lastrowid)
             return numbers
 
         return list(self._write(write))
 
-    def retry(self, ids: Iterable[str]) -> dict[str, int]:
-        """Retry the failed alerts of these ids; return how many, by id. Raises QueueError.
-
-        The id "" is that of all.
-        """
-        return dict(
-            self._write(
-                lambda db: {
-                    id_: db.execute(self.RETRY, {"id": id_}).rowcount for id_ in ids
-                }
-            )
-        )
+    def retry(self, id_: str = "") -> int:
+        """Retry the failed alerts of this id, or all; return how many. Raises QueueError."""
+        return int(self._write(lambda db: db.execute(self.RETRY, {"id": id_}).rowcount))
 
     def backfilled(self, until: float = 0.0) -> float:
         """Return until when backfill has seen all (0: never), or note it. Raises QueueError."""
         if until:
-            sql = "INSERT OR REPLACE INTO notes VALUES ('backfilled', ?)"
-            self._write(lambda db: db.execute(sql, (until,)))
-        rows = self.read("SELECT value FROM notes WHERE name = 'backfilled'")
-        return float(sum(row[0] for row in rows))
+            self._write(lambda db: db.execute(self.NOTE, (until,)))
+        return float(self.read(self.NOTED)[0][0])
 
     def settle(self, job: Job) -> None:
         """Have what became of a taken job written with the next commit. Waits for nothing."""
         with self._lock:
-            self._outcomes[job.number] = replace(job, probe=False)
-        if len(self._outcomes) >= 64:
-            self._inbox.put(None)
+            self._taken[job.number] = job
+        if len(self._taken) >= 100:
+            self._wake.set()
 
     def require_writable(self) -> None:
-        """Commit something, at most once a second. Raises QueueError if webhooks are refused."""
+        """Write a page, at most once a second. Raises QueueError if webhooks are refused."""
         self._require_room(0)
+        if error := self.error:
+            raise QueueError(str(error), error.type)
         if monotonic() - self._proved_at > 1:
-            self._write(lambda db: db.execute("PRAGMA user_version = 2"))  # writes a page
-        elif self.error:
-            raise QueueError(str(self.error), self.error.type)
+            self._write(lambda db: db.execute(self.WRITE_A_PAGE))
 
     def _require_room(self, length: int) -> None:
         """Raise QueueError unless there is room for `length` bytes."""
-        size, free, hint = self.facts["queue_bytes"], self.facts["disk_free_bytes"], ""
+        size, hint = self.facts["queue_bytes"], ""
         if self._wal > 2 * WAL_SIZE:
             hint = (
                 ". Another program reads the queue and so keeps its write-ahead log of "
                 f"{self._wal} bytes from being emptied. End that program"
             )
         if size + max(length, min(64 << 10, self.max_size // 16)) > self.max_size:
-            text = (
-                f"the queue is full: {size} of [queue] max_size = {self.max_size} bytes. "
+            raise QueueError(
+                f"the queue is full: {size} of [queue] max_size = {self.max_size} bytes. Correct "
+                f"what keeps alerts from S3, or raise it{hint}",
+                "queue_full",
             )
-            text += f"Correct what keeps alerts from S3, or raise it{hint}"
-            raise QueueError(text, "queue_full")
-        if free < MIN_DISK_FREE + length:
-            text, type_ = KNOWN_FAILURES["SQLITE_FULL"]
-            raise QueueError(text + hint, type_)
+        if self.facts["disk_free_bytes"] < MIN_DISK_FREE + length:
+            raise QueueError(*KNOWN_FAILURES["SQLITE_FULL"])
 
     def _write(self, write: Write) -> Any:
         """Have `write` take part in the next transaction; return its result. Raises QueueError."""
         future: Future[Any] = Future()
-        self._inbox.put((write, future))
+        self._inbox.append((write, future))
+        self._wake.set()
         return future.result()
 
     def _write_all(self) -> None:
@@ -1003,55 +994,55 @@ class Queue:
         while not closing:
             closing = self._closing  # one more turn: what came before `close` is written
             expect_progress_within(LONGEST_TURN)
+            self._wake.wait(0.25)
+            self._wake.clear()
             requests = []
-            with suppress(queue.Empty):
-                requests = [self._inbox.get(timeout=0.25)]
-                requests += [self._inbox.get() for _ in range(self._inbox.qsize())]
-            requests = [request for request in requests if request]
-            # Once a second in any case: other processes write too.
-            if requests or self._outcomes or monotonic() - self._looked_at > 1:
+            while self._inbox:
+                requests.append(self._inbox.popleft())
+            # Without them too: it looks at the disk, and at what other processes wrote.
+            if requests or self._taken or not closing:
                 self._commit(requests)
-                self._checkpoint()
+        with self._lock:
+            for db in (self._reader, self._checkpointer, self._db):
+                db.close()
 
     def _commit(self, requests: list[tuple[Write, Future[Any]]]) -> None:
         """Write all outcomes and requests in one transaction."""
         with self._lock:
-            outcomes = list(self._outcomes.values())
-        results: list[tuple[Callable[[Any], None], Any]] = []
+            outcomes = [job for job in self._taken.values() if job]
+        results = []
         try:
             self._begin()
-            for job in outcomes:
-                sql = (
-                    "DELETE FROM jobs WHERE number = :number" if job.done else self.UPDATE
-                )
-                self._db.execute(sql, vars(job))
-            for write, future in requests:
-                try:
-                    results.append((future.set_result, write(self._db)))
-                except QueueError as error:  # refused before it changed anything
-                    results.append((future.set_exception, error))
-            self._db.execute("COMMIT")
+            with self._db:  # commits, or rolls back
+                for job in outcomes:
+                    self._db.execute(self.DELETE if job.done else self.UPDATE, vars(job))
+                for write, future in requests:
+                    try:
+                        results.append((future, write(self._db)))
+                    except QueueError as error:  # refused before it changed anything
+                        future.set_exception(error)
+                # After an error this shows whether it has passed; after a checkpoint it begins the
+                # log anew, or a queue that is full because of its log would stay full.
+                if self.error or self._wal > WAL_SIZE:
+                    self._db.execute(self.WRITE_A_PAGE)
             self._look()
+            with self._lock:
+                for job in outcomes:
+                    if self._taken[job.number] is job:  # not taken again meanwhile
+                        del self._taken[job.number]
             if self.error:
                 warning("queue recovered")
             self.error = None
+            for future, result in results:
+                future.set_result(result)
+            self._checkpoint()
         except Exception as error:  # whatever it is, the requests must learn of it
-            with suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            failure, outcomes, results = self._failure(error), [], []
-            for _, future in requests:  # an exception of its own for each thread
-                results.append(
-                    (future.set_exception, QueueError(str(failure), failure.type))
-                )
+            failure = self._failure(error)
+            for _, future in requests:
+                if not future.done():  # an exception of its own for each thread
+                    future.set_exception(QueueError(str(failure), failure.type))
         if requests:
             self._proved_at = monotonic()
-        with self._lock:
-            for job in outcomes:
-                if self._outcomes.get(job.number) is job:  # not taken again meanwhile
-                    del self._outcomes[job.number]
-                    self._taken.discard(job.number)
-        for set_result, result in results:
-            set_result(result)
 
     def _begin(self) -> None:
         """Begin a transaction that writes, once no other process is in one. Raises sqlite3.Error.
@@ -1068,11 +1059,22 @@ class Queue:
                     raise
             time.sleep(random.uniform(0.0005, 0.003))
 
+    def _checkpoint(self) -> None:
+        """Copy a large write-ahead log into the file. Raises sqlite3.Error.
+
+        Only the daemon does, while it holds the write lock: SQLite before 3.51.3 can lose a commit
+        that races with another process's checkpoint. https://sqlite.org/wal.html#walresetbug
+        """
+        if self.place and self._wal > WAL_SIZE:
+            self._begin()
+            with self._db:
+                self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
+
     def _failure(self, error: Exception) -> QueueError:
         """Note and log an error of SQLite or the disk, and return it as QueueError."""
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         text = f"the queue cannot be written: {error} ({name}). Check its disk"
-        failure = QueueError(*KNOWN_FAILURES.get(name, (text, "queue_unwritable")))
+        failure = QueueError(*KNOWN_FAILURES.get(name, (text,)))
         if not self.RECOVERABLE.match(name):
             self.fatal = self.fatal or failure
         if not self.error:
@@ -1083,42 +1085,20 @@ class Queue:
     def _look(self) -> None:
         """Read counts and sizes. Raises QueueError, OSError, sqlite3.Error."""
         inodes = [os.stat(self.path + suffix).st_ino for suffix in ("", "-wal", "-shm")]
+        self._inodes = self._inodes or inodes
         # An open file outlives its name: after a restart nothing would find what is in it.
         if inodes != self._inodes:
             raise QueueError(f"{self.path}, or its -wal or -shm, was replaced")
-        queued, failed, oldest, size, free = self._db.execute(self.LOOK).fetchone()
         self._wal = os.path.getsize(self.path + "-wal")
-        # The file's free pages are room too: it does not shrink when the queue has been drained.
-        disk = os.statvfs(self.path)
-        self.facts: dict[str, float] = {
-            "queued": queued,
-            "failed": failed,
-            "oldest_seconds": round(max(0.0, time.time() - (oldest or math.inf)), 3),
-            "queue_bytes": size + max(0, self._wal - 2 * WAL_SIZE),
-            "max_bytes": self.max_size,
-            "disk_free_bytes": disk.f_bavail * disk.f_frsize + free,
+        values = {
+            "now": time.time(),
+            "excess": max(0, self._wal - 2 * WAL_SIZE),
+            "max_size": self.max_size,
+            "disk": shutil.disk_usage(self.path).free,
         }
-        self._looked_at = monotonic()
-
-    def _checkpoint(self) -> None:
-        """Copy a large write-ahead log into the file.
-
-        Only the daemon does, while it holds the write lock: SQLite before 3.51.3 can lose a commit
-        that races with another process's checkpoint. https://sqlite.org/wal.html#walresetbug
-        """
-        if not self.place or self._wal <= WAL_SIZE:
-            return
-        try:
-            self._begin()
-            self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
-            self._db.execute("ROLLBACK")
-            # A write begins the log anew and shortens its file: without one a queue that is full
-            # because of its log would stay full.
-            self._db.execute("PRAGMA user_version = 2")
-        except sqlite3.Error as error:
-            with suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            self._failure(error)
+        self.facts: dict[str, float] = dict(
+            self._db.execute(self.LOOK, values).fetchone()
+        )
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -1134,22 +1114,25 @@ class Queue:
                 raise self._failure(error) from None
 
     def take(self, lane: str, n: int) -> list[Job]:
-        """Take up to `n` jobs that are due, in the order of `due`. Raises QueueError."""
+        """Take up to `n` jobs that are due, in the order of `due`. Raises QueueError.
+
+        Jobs whose last outcome is not on disk yet come last.
+        """
         with self._lock:
-            now, rows = monotonic(), []
-            jobs = [
-                replace(job)
-                for job in self._outcomes.values()
-                if not (job.done or job.failed)
+            now, jobs = monotonic(), []
+            if len(self._taken) < MAX_TAKEN:
+                rows = self.read(self.TAKE, lane, now, dumps(list(self._taken)), n)
+                jobs = [Job(**row) for row in rows]
+            jobs += [
+                replace(job, probe=False)
+                for job in self._taken.values()
+                if job
+                and job.lane == lane
+                and job.due <= now
+                and not (job.done or job.failed)
             ]
-            jobs = [job for job in jobs if job.lane == lane and job.due <= now]
-            if len(self._outcomes) < MAX_OUTCOMES:
-                rows = self.read(self.TAKE, lane, now, n + len(self._taken))
-            jobs += [Job(**row) for row in rows if row["number"] not in self._taken]
-            jobs.sort(key=lambda job: (job.due, job.number))
             for job in jobs[:n]:
-                self._outcomes.pop(job.number, None)
-                self._taken.add(job.number)
+                self._taken[job.number] = None
             return jobs[:n]
 
     def errors(self, numbers: Iterable[int]) -> dict[int, Json | None]:
@@ -1157,7 +1140,7 @@ class Queue:
         errors = {}
         with self._lock:
             for number, type_, message in self.read(self.ERRORS, dumps(list(numbers))):
-                if job := self._outcomes.get(number):
+                if job := self._taken.get(number):
                     type_, message = job.error_type, job.error_message
                 if not job or not job.done:
                     errors[number] = error_json(type_, message) if type_ else None
@@ -1168,7 +1151,10 @@ class Queue:
 
         They come from the jobs' last errors, and from a test of room and lock. Raises QueueError.
         """
-        found = [] if running(self.path) else [error_json("not_running", NOT_RUNNING)]
+        found = []
+        if not running(self.path):
+            text = "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
+            found.append(error_json("not_running", text))
         try:
             self.require_writable()
         except QueueError as error:
@@ -1177,22 +1163,15 @@ class Queue:
 
     def failures(self) -> Iterator[Json]:
         """Yield each failed alert: `id`, `received`, `tries`, `error`. Raises QueueError."""
-        number = 0
-        while rows := self.read(self.FAILED, number):
-            for number, id_, tries, type_, message, received, since in rows:  # noqa: B007
-                error = error_json(type_, message) | {"since": since}
-                yield {"id": id_, "received": received, "tries": tries, "error": error}
+        for (text,) in self.read(self.FAILED):
+            yield json.loads(text)
 
     def close(self, limit: float = 30) -> None:
         """Write what waits, for `limit` seconds at most, and close."""
         self._closing = True
-        self._inbox.put(None)
+        self._wake.set()
+        # A disk that hangs is left alone: what was acknowledged is on it.
         self.writer.join(limit)
-        if (
-            not self.writer.is_alive()
-        ):  # else the disk hangs; what was acknowledged is on it
-            for db in (self._reader, self._checkpointer, self._db):
-                db.close()
 
 
 def connect(path: str) -> Connection:
@@ -1202,9 +1181,12 @@ def connect(path: str) -> Connection:
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0
     )
     db.row_factory = sqlite3.Row
-    db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
-    db.execute("PRAGMA wal_autocheckpoint = 0").close()  # `_checkpoint` does it
-    db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE}").close()
+    # A commit is on disk when it returns. `_checkpoint` does what SQLite would do by itself. To
+    # read opens the write-ahead log: without it a connection's checkpoint does nothing.
+    db.executescript(
+        "PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0; "
+        f"PRAGMA journal_size_limit = {WAL_SIZE}; SELECT count(*) FROM sqlite_master;"
+    )
     return db
 
 
@@ -1223,21 +1205,12 @@ def quick_check(path: str) -> str:
 
 def running(path: str) -> bool:
     """Return whether a daemon uses the queue with this path."""
-    with suppress(OSError), open(path + ".lock", "rb") as file:
-        return not try_lock(file, fcntl.LOCK_SH)
+    with suppress(FileNotFoundError), open(path + ".lock", "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
-
-
-def try_lock(file: Any, how: int) -> bool:
-    """Lock a file as flock(2) does, and return whether that worked. Raises OSError.
-
-    It is not SQLite's file: closing any descriptor of that would drop SQLite's locks.
-    """
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
 
 
 def create_file(path: str) -> Any:
@@ -3021,7 +2994,7 @@ def retry(config: Config, ids: list[str]) -> int:
     """
     with closing(Queue(config.path, config.max_size)) as queue_:
         queued = {row[0] for row in queue_.read(Queue.QUEUED, dumps(ids))}
-        counts = queue_.retry(dict.fromkeys(ids) or [""])
+        counts = {id_: queue_.retry(id_) for id_ in ids or [""]}
     missing = [id_ for id_, n in counts.items() if id_ and not n]
     for id_ in missing:
         if id_ in queued:

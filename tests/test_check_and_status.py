@@ -1027,10 +1027,8 @@ def test_a_daemon_that_starts_while_status_looks_is_never_refused(new_daemon):
     done = threading.Event()
 
     def look():
-        queue = ts3d.Queue(str(daemon.queue), 1 << 30)
         while not done.is_set():
-            queue.running()
-        queue.close()
+            ts3d.running(str(daemon.queue))
 
     threads = [threading.Thread(target=look) for _ in range(4)]
     for thread in threads:
