@@ -151,40 +151,39 @@ seconds = partial(partial, number, TIME)
 size = partial(partial, number, SIZE)
 count = partial(partial, number, {"": 1})
 
-# A secret is never shown, and NAME_file may name a file that holds it.
-Option = namedtuple("Option", "section name parse default help secret", defaults=[False])
+# A secret is never shown, and NAME_file may name a file that holds it. Each comment is also in
+# ts3d.conf.
+Option = namedtuple("Option", "section name parse default secret", defaults=[False])
 ROWS: tuple[tuple[Any, ...], ...] = (
-    ("server.listen", address, "127.0.0.1:8080", "HOST:PORT or [::1]:PORT to listen on"),
-    ("server.webhook_token", token, None, "secret that a webhook must present", True),
-    ("server.metrics_token", token, None, "secret for /metrics", True),
-    ("server.wait", seconds(0.0, 30), "2", "seconds an answer may wait for S3"),
-    ("server.max_body", size(1, 64 << 20), "8M", "bytes of one webhook"),
-    ("server.request_timeout", seconds(0.1, 3600), "10", "seconds for one request"),
-    ("server.keepalive_timeout", seconds(0.1, 86400), "5m", "seconds kept idle"),
-    ("server.max_connections", count(1, 65536), "1024", "connections held at once"),
-    ("server.tls_certificate", str, None, "PEM file: the certificate chain for HTTPS"),
-    ("server.tls_key", str, None, "PEM file: the certificate's private key"),
-    ("threatstack.auth", auth, "key", "API v1 or v2"),
-    ("threatstack.base_url", url, None, "the API's URL; the default depends on auth"),
-    ("threatstack.api_key", word, None, "the API key", True),
-    ("threatstack.user_id", word, None, "Hawk's id", True),
-    ("threatstack.organization_id", word, None, "Hawk's ext, or Organization header"),
-    ("threatstack.events", boolean, "yes", "with Hawk, archive contributing events too"),
-    ("threatstack.timeout", seconds(0.1, 3600), "30", "seconds for one call"),
-    ("s3.bucket", bucket_name, None, "the bucket"),
-    ("s3.prefix", key_prefix, "", "prefix of every key"),
-    ("s3.region", word, None, "AWS region; by default boto3's"),
-    ("s3.endpoint_url", url, None, "S3 endpoint; by default boto3's"),
-    ("queue.path", str, None, "the SQLite file"),
-    ("queue.max_size", size(1, 1 << 50), "1G", "bytes of queued alerts"),
-    ("archive.workers", count(0, 1024), "16", "alerts archived at once"),
-    ("archive.give_up_after", seconds(0.0, 10**9), "7d", "time an alert may fail"),
-    ("log.level", level, "INFO", "lowest level that is logged"),
+    ("server.listen", address, "127.0.0.1:8080"),  # HOST:PORT or [::1]:PORT to listen on
+    ("server.webhook_token", token, None, True),  # secret that a webhook must present
+    ("server.metrics_token", token, None, True),  # secret for /metrics
+    ("server.wait", seconds(0.0, 30), "2"),  # seconds an answer may wait for S3
+    ("server.max_body", size(1, 64 << 20), "8M"),  # bytes of one webhook
+    ("server.request_timeout", seconds(0.1, 3600), "10"),  # seconds for one request
+    ("server.keepalive_timeout", seconds(0.1, 86400), "5m"),  # seconds kept idle
+    ("server.max_connections", count(1, 65536), "1024"),  # connections held at once
+    ("server.tls_certificate", str, None),  # PEM file: the certificate chain for HTTPS
+    ("server.tls_key", str, None),  # PEM file: the certificate's private key
+    ("threatstack.auth", auth, "key"),  # API v1 or v2
+    ("threatstack.base_url", url, None),  # the API's URL; the default depends on auth
+    ("threatstack.api_key", word, None, True),  # the API key
+    ("threatstack.user_id", word, None, True),  # Hawk's id
+    ("threatstack.organization_id", word, None),  # Hawk's ext, or Organization header
+    ("threatstack.events", boolean, "yes"),  # with Hawk, archive contributing events too
+    ("threatstack.timeout", seconds(0.1, 3600), "30"),  # seconds for one call
+    ("s3.bucket", bucket_name, None),  # the bucket
+    ("s3.prefix", key_prefix, ""),  # prefix of every key
+    ("s3.region", word, None),  # AWS region; by default boto3's
+    ("s3.endpoint_url", url, None),  # S3 endpoint; by default boto3's
+    ("queue.path", str, None),  # the SQLite file
+    ("queue.max_size", size(1, 1 << 50), "1G"),  # bytes of queued alerts
+    ("archive.workers", count(0, 1024), "16"),  # alerts archived at once
+    ("archive.give_up_after", seconds(0.0, 10**9), "7d"),  # time an alert may fail
+    ("log.level", level, "INFO"),  # lowest level that is logged
 )
 OPTIONS = [Option(*name.split("."), *row) for name, *row in ROWS]
-PUT_OBJECT = (
-    "s3:put_object"  # this section's options are parameters of boto3's put_object
-)
+PUT_OBJECT = "s3:put_object"  # its options are parameters of boto3's put_object
 OWN_PARAMETERS = re.compile("Bucket|Key|Body|Content(Type|Length|MD5)|Checksum.*")
 ENVIRONMENT = {  # the tutorial's variables, by the option that each overrides
     "base_url": "THREATSTACK_BASE_URL",
@@ -211,7 +210,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `. Did you mean …?` with the known name that is most like this one, or nothing."""
     import difflib  # only a misspelt option needs it, and its import is slow
 
-    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    close = difflib.get_close_matches(name, known, 1, 0.5)
     return f". Did you mean {close[0]}?" if close else ""
 
 
@@ -229,8 +228,8 @@ def load_config(path: str) -> Config:
         load_option(config, option, sections.get(option.section, {}))
     refuse_unknown(path, sections)
     config.base_url = (config.base_url or BASE_URLS[config.auth]).rstrip("/")
-    config.path = config.path or join(environ.get("STATE_DIRECTORY", ""), "queue.db")
-    config.path = join(folder, config.path)
+    state = environ.get("STATE_DIRECTORY", "")
+    config.path = join(folder, config.path or join(state, "queue.db"))
     if config.tls_certificate or config.tls_key:
         load_tls(config)
     return config
@@ -243,12 +242,12 @@ def read_ini(path: str) -> dict[str, dict[str, str]]:
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # keep upper case
     try:
         parser.read_string(read_text(path, path))
-    except (
-        configparser.Error
-    ) as error:  # its own text may quote the line, and so a secret
+    except configparser.Error as error:
+        # Its own text may quote the line, and so a secret.
         lines = ", ".join(re.findall("line[: ]+([0-9]+)", str(error)))
-        text = f"line {lines}: write each `option = value` once, below a [section]"
-        raise ConfigError(f"{path}: {text}") from None
+        raise ConfigError(
+            f"{path}: line {lines}: write each `option = value` once, below a [section]"
+        ) from None
     return {section: dict(parser[section]) for section in parser.sections()}
 
 
@@ -258,8 +257,9 @@ def read_text(path: str, where: str) -> str:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        text = f"{where}: {error}. Create {path} in UTF-8, or name another file"
-        raise ConfigError(text) from None
+        raise ConfigError(
+            f"{where}: {error}. Create {path} in UTF-8, or name another file"
+        ) from None
 
 
 def load_option(config: Config, option: Any, section: dict[str, str]) -> None:
@@ -267,27 +267,24 @@ def load_option(config: Config, option: Any, section: dict[str, str]) -> None:
 
     Raises ConfigError.
     """
-    where, variable = (
-        f"[{option.section}] {option.name}",
-        ENVIRONMENT.get(option.name, ""),
-    )
+    where = f"[{option.section}] {option.name}"
+    variable = ENVIRONMENT.get(option.name, "")
     text = section.pop(option.name, None)
     file = section.pop(f"{option.name}_file", None) if option.secret else None
     if environ.get(variable):
         text, where = environ[variable], f"{where} (from {variable})"
     elif file is not None:
         if text is not None:
-            text = (
+            raise ConfigError(
                 f"{config.file}: {where} and {option.name}_file are both set. Remove one"
             )
-            raise ConfigError(text)
         where = f"{where}_file = {file!r}"
-        text = read_text(join(config.secrets, file), f"{config.file}: {where}").strip(
-            "\n"
-        )
+        path = join(config.secrets, file)
+        text = read_text(path, f"{config.file}: {where}").strip("\n")
     if option.name == "webhook_token" and text == "":  # every client would be admitted
-        text = f"{config.file}: {where}: empty. Write a token there, or remove the line"
-        raise ConfigError(text)
+        raise ConfigError(
+            f"{config.file}: {where}: empty. Write a token there, or remove the line"
+        )
     if text and text != option.default:
         config.changed.append(where)
     value = text or option.default
@@ -306,12 +303,13 @@ def load_option(config: Config, option: Any, section: dict[str, str]) -> None:
 def refuse_quotes(text: str) -> None:
     """Raise ValueError for quotes and comments, which an INI file takes for parts of the value."""
     if fullmatch(r"(?s)\s*([\"']).*\1\s*|.*\s[#;].*", text):
-        text = "a value has no quotes around it and no comment behind it. Remove them"
-        raise ValueError(text)
+        raise ValueError(
+            "a value has no quotes around it and no comment behind it. Remove them"
+        )
 
 
 def refuse_unknown(path: str, sections: dict[str, dict[str, str]]) -> None:
-    """Raise ConfigError for a section without options, or an option, that ts3d does not know."""
+    """Raise ConfigError for an unknown section or option: `load_option` has left none but those."""
     for section, names in sections.items():
         known = [option.name for option in OPTIONS if option.section == section]
         if not known:
@@ -367,9 +365,8 @@ def start_log(lowest: str) -> None:
     """Log to standard error, from this level on."""
     handler = logging.StreamHandler()
     handler.format = log_line  # type: ignore[method-assign]
-    logging.raiseExceptions = (
-        False  # a log that cannot be written must not end what is logged
-    )
+    # A log that cannot be written must not end what is logged.
+    logging.raiseExceptions = False
     # Other libraries from WARNING on: botocore's DEBUG lines have signatures and bodies.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(lowest.upper())
@@ -379,9 +376,8 @@ def log_line(record: logging.LogRecord) -> str:
     """Return a record as one line."""
     text = printable(record.getMessage())
     if in_journal():
-        return f"<{PRIORITIES.get(record.levelname, 6)}>{text}"
-    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-    return f"{moment},{record.msecs:03.0f} {record.levelname} {text}"
+        return f"<{PRIORITIES[record.levelname]}>{text}"
+    return f"{logging.Formatter().formatTime(record)} {record.levelname} {text}"
 
 
 def printable(text: str) -> str:
@@ -400,16 +396,13 @@ def in_journal() -> bool:
 
 def log_event(severity: int, message: str, **fields: Any) -> None:
     """Log a message and its fields, as `key=value` (logfmt); fields that are None are left out."""
-    if not log.isEnabledFor(severity):
-        return
     for name, value in fields.items():
-        if value is None:
-            continue
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
         if not text or re.search(r'[\s"=]', text):
-            text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        message += f" {name}={text}"
-    log.log(severity, "%s", message)
+            text = dumps(text, ensure_ascii=False)
+        if value is not None:
+            message += f" {name}={text}"
+    log.log(severity, message)
 
 
 debug = partial(log_event, logging.DEBUG)
@@ -457,20 +450,11 @@ METRICS = {  # type and help, by name; https://prometheus.io/docs/practices/nami
     "ts3d_queue_disk_free_bytes": "gauge Free bytes for the queue; 503 below 16M.",
     "process_start_time_seconds": "gauge Start time of the process since the epoch.",
 }
-QUEUE_METRICS = [
-    name for name in METRICS if name.startswith("ts3d_queue")
-]  # of Queue.facts
+# What Queue.facts has, in its order.
+QUEUE_METRICS = [name for name in METRICS if name.startswith("ts3d_queue")]
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
-# Values by sample, and by labels as Prometheus writes them. A rate needs the 0 before the 1.
+# Values by sample, and by labels as Prometheus writes them.
 METRIC_VALUES: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-METRIC_VALUES["ts3d_webhooks_total"].update({f'{{status="{n}"}}': 0 for n in STATUSES})
-METRIC_VALUES["ts3d_retries_total"].update(
-    {'{upstream="s3"}': 0, '{upstream="threatstack"}': 0}
-)
-METRIC_VALUES["ts3d_build_info"][
-    f'{{version="{VERSION}",python="{sys.version.split()[0]}"}}'
-] = 1
-METRIC_VALUES["process_start_time_seconds"][""] = time.time()
 METRICS_LOCK = Lock()
 
 
@@ -478,6 +462,14 @@ def add(name: str, amount: float = 1, label: str = "") -> None:
     """Add to a counter; `label` as Prometheus writes it."""
     with METRICS_LOCK:
         METRIC_VALUES[name][label] += amount
+
+
+for code in STATUSES:  # a rate needs the 0 before the 1
+    add("ts3d_webhooks_total", 0, f'{{status="{code}"}}')
+for upstream in ("s3", "threatstack"):
+    add("ts3d_retries_total", 0, f'{{upstream="{upstream}"}}')
+add("ts3d_build_info", 1, f'{{version="{VERSION}",python="{sys.version.split()[0]}"}}')
+add("process_start_time_seconds", time.time())
 
 
 def metrics_text() -> str:
@@ -505,9 +497,7 @@ def metrics_text() -> str:
 class Malformed(Exception):
     """A webhook or alert that is not valid: member or place, and cause; `id` if it has one."""
 
-    def __init__(self, text: str, id_: str | None = None) -> None:
-        super().__init__(text)
-        self.id = id_
+    id: str | None = None
 
 
 @dataclass
@@ -557,15 +547,13 @@ def refuse_constant(name: str) -> None:
 JSON = json.JSONDecoder(
     object_pairs_hook=tuple, parse_int=float, parse_constant=refuse_constant
 )
-SEPARATORS = re.compile(
-    r"[ \t\n\r,:]*"
-)  # between the values of a text that is known to be JSON
+# Between the values of a text that is known to be JSON.
+SEPARATORS = re.compile(r"[ \t\n\r,:]*")
 CONSTANT = re.compile(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)')
 MAX_ALERTS = 10_000  # in one webhook: each takes memory, and a place in the answer
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
-SECONDS_BELOW = (
-    10**11
-)  # a smaller `created_at` is seconds, not milliseconds: 10^11 ms is in 1973
+# A smaller `created_at` is seconds, not milliseconds: 10^11 ms is in 1973.
+SECONDS_BELOW = 10**11
 YEAR_10000 = 253_402_300_800  # seconds
 
 
@@ -584,23 +572,22 @@ def read_json(body: bytes) -> tuple[str, Any]:
         raise Malformed(f"not JSON: {member}{error}") from None
 
 
-def literals(text: str) -> Iterator[tuple[str, Any, str]]:
-    """Yield name, value and literal text of each member of an object, or element of an array.
+def literals(text: str) -> Iterator[tuple[Any, str]]:
+    """Yield value and literal text of each element of an array, or name and value of an object.
 
     `text` is known to be JSON. The json module returns values, but not where they were.
     """
-    name, end = "", 1
+    end = 1
     while text[at := SEPARATORS.match(text, end).end()] not in "]}":  # type: ignore[union-attr]
-        if text[0] == "{":
-            name, end = JSON.raw_decode(text, at)
-            at = SEPARATORS.match(text, end).end()  # type: ignore[union-attr]
         value, end = JSON.raw_decode(text, at)
-        yield name, value, text[at:end]
+        yield value, text[at:end]
 
 
 def literal_of(text: str, wanted: str) -> str:
     """Return the literal text of a member's value; the object is known to have the member."""
-    return next(literal for name, _, literal in literals(text) if name == wanted)
+    parts = literals(text)  # names and values in turn
+    pairs = zip(parts, parts, strict=True)
+    return next(literal for (name, _), (_, literal) in pairs if name == wanted)
 
 
 def read_webhook(body: bytes) -> list[Job | Malformed]:
@@ -608,27 +595,25 @@ def read_webhook(body: bytes) -> list[Job | Malformed]:
     text, value = read_json(body)
     if not isinstance(value, tuple):
         raise Malformed("neither an object with `alerts` nor an alert")
-    names = [name for name, _ in value]
-    if "alerts" not in names:
-        return [read_alert(text, value)]
-    alerts = dict(value)["alerts"]
-    if "id" in names and "created_at" in names:
-        raise Malformed("alerts: beside id and created_at. Send one alert, or a list")
-    if not isinstance(alerts, list):
-        raise Malformed("alerts: not a list")
-    if len(alerts) > MAX_ALERTS:
-        raise Malformed(f"alerts: over {MAX_ALERTS}. Send fewer at once")
-    if names.count("alerts") > 1:
-        raise Malformed("alerts: there twice")
-    results = []
+    names, members = [name for name, _ in value], dict(value)
     try:
-        for i, (_, alert, literal) in enumerate(literals(literal_of(text, "alerts"))):
-            results.append(read_alert(literal, alert, f"alerts[{i}]"))
-    except (
-        RecursionError
-    ):  # at one exact depth the whole can be read, and its parts cannot
+        if "alerts" not in names:
+            return [read_alert(text, value)]
+        if "id" in names and "created_at" in names:
+            raise Malformed("alerts: beside id and created_at. Send one alert, or a list")
+        if not isinstance(members["alerts"], list):
+            raise Malformed("alerts: not a list")
+        if len(members["alerts"]) > MAX_ALERTS:
+            raise Malformed(f"alerts: over {MAX_ALERTS}. Send fewer at once")
+        if names.count("alerts") > 1:
+            raise Malformed("alerts: there twice")
+        return [
+            read_alert(literal, alert, f"alerts[{i}]")
+            for i, (alert, literal) in enumerate(literals(literal_of(text, "alerts")))
+        ]
+    # At one exact depth the whole can be read, and its parts cannot.
+    except RecursionError:
         raise Malformed("not JSON that ts3d reads: nested too deeply") from None
-    return results
 
 
 def read_alert(
@@ -646,22 +631,21 @@ def read_alert(
         return Malformed(f"{place}: not an object")
     names, members = [name for name, _ in alert], dict(alert)
     id_ = members.get("id")
-    shown = id_[:200] if isinstance(id_, str) else ""
+    shown, minute, cause = id_[:200] if isinstance(id_, str) else "", "", ""
     for name in ("id", time_name):
-        label = f"{place}.{name}".lstrip(".")
-        if names.count(name) != 1:
-            cause = "there twice" if name in names else "missing"
-            return Malformed(f"{label}: {cause}", shown or None)
-        literal = literal_of(text, name)
-        if len(literal) > 60:
-            literal = literal[:57] + "..."
         try:
-            if name != "id":
+            if names.count(name) != 1:
+                cause = "there twice" if name in names else "missing"
+            elif name == time_name:
                 minute = minute_of(read_time(members[name]))
-            elif id_ != shown or not ALERT_ID.fullmatch(shown):
+            elif not ALERT_ID.fullmatch(shown):
                 raise ValueError("is not 4 to 128 of A-Z a-z 0-9 _ -")
         except ValueError as error:
-            return Malformed(f"{label}: {printable(literal)} {error}", shown or None)
+            cause = f"{printable(literal_of(text, name)[:60])} {error}"
+        if cause:
+            malformed = Malformed(f"{place}.{name}: {cause}".lstrip("."))
+            malformed.id = shown or None
+            return malformed
     return Job(shown, minute, source, source, text.encode())
 
 
@@ -673,24 +657,19 @@ def read_time(value: Any) -> float:
     """
     if isinstance(value, str) and fullmatch("[0-9]+", value):
         value = float(value)
+    if isinstance(value, float) and value >= SECONDS_BELOW:
+        value /= 1000
     if isinstance(value, str) and re.match("[0-9]{4}-[0-9]{2}-[0-9]{2}.", value):
-        text = re.sub(
-            "(:[0-9]{2}):60", r"\1:59", value.upper()
-        )  # RFC 3339, 5.7: a leap second
-        try:
+        # RFC 3339, 5.7: a leap second
+        text = re.sub("(:[0-9]{2}):60", r"\1:59", value.upper())
+        with suppress(ValueError):
             moment = datetime.fromisoformat(text)
-        except ValueError:
-            raise ValueError(
-                "is not an ISO 8601 time such as 2026-11-24T18:00:07Z"
-            ) from None
-        value = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-    elif not isinstance(value, float):
-        raise ValueError("is neither milliseconds since the epoch nor an ISO 8601 time")
-    elif value >= SECONDS_BELOW:
-        value = value / 1000
+            value = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+    if not isinstance(value, float):
+        raise ValueError("is not an ISO 8601 time such as 2026-11-24T18:00:07Z")
     if not 0 <= value < YEAR_10000:
         raise ValueError("is not within the years 1970 to 9999")
-    return float(value)
+    return value
 
 
 def minute_of(moment: float) -> str:
@@ -873,9 +852,7 @@ class Queue:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX)
             create_file(self.path).close()
             self._recover()
-        self._db, self._reader, self._checkpointer = (
-            connect(self.path) for _ in range(3)
-        )
+        self._db = connect(self.path)
         version, tables = self._db.execute(self.KIND).fetchone()
         if version != 2 and (version or tables or not self.place):
             raise ConfigError(
@@ -992,14 +969,16 @@ class Queue:
         """Commit what waits, until the queue is closed. The writer thread."""
         closing = False
         while not closing:
-            closing = self._closing  # one more turn: what came before `close` is written
             expect_progress_within(LONGEST_TURN)
             self._wake.wait(0.25)
             self._wake.clear()
+            closing = (
+                self._closing
+            )  # before the rest: what came before `close` is written
             requests = []
             while self._inbox:
                 requests.append(self._inbox.popleft())
-            # Without them too: it looks at the disk, and at what other processes wrote.
+            # Without them it looks at the disk, and at what other processes wrote.
             if requests or self._taken or not closing:
                 self._commit(requests)
         with self._lock:
@@ -1096,9 +1075,8 @@ class Queue:
             "max_size": self.max_size,
             "disk": shutil.disk_usage(self.path).free,
         }
-        self.facts: dict[str, float] = dict(
-            self._db.execute(self.LOOK, values).fetchone()
-        )
+        row = self._db.execute(self.LOOK, values).fetchone()
+        self.facts: dict[str, float] = dict(row)
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -1181,8 +1159,8 @@ def connect(path: str) -> Connection:
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0
     )
     db.row_factory = sqlite3.Row
-    # A commit is on disk when it returns. `_checkpoint` does what SQLite would do by itself. To
-    # read opens the write-ahead log: without it a connection's checkpoint does nothing.
+    # A commit is on disk when it returns. `_checkpoint` does what SQLite would do by itself. The
+    # SELECT opens the write-ahead log: without it a connection's checkpoint does nothing.
     db.executescript(
         "PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0; "
         f"PRAGMA journal_size_limit = {WAL_SIZE}; SELECT count(*) FROM sqlite_master;"
@@ -1194,9 +1172,8 @@ def quick_check(path: str) -> str:
     """Return what SQLite finds malformed, or nothing. Raises sqlite3.Error for anything else."""
     try:
         with closing(connect(path)) as db:
-            return str(db.execute("PRAGMA quick_check(1)").fetchone()[0]).removeprefix(
-                "ok"
-            )
+            (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            return str(result).removeprefix("ok")
     except sqlite3.Error as error:
         if re.match("SQLITE_(CORRUPT|NOTADB)", error.sqlite_errorname):
             return str(error)
@@ -1205,7 +1182,7 @@ def quick_check(path: str) -> str:
 
 def running(path: str) -> bool:
     """Return whether a daemon uses the queue with this path."""
-    with suppress(FileNotFoundError), open(path + ".lock", "rb") as file:
+    with suppress(OSError), open(path + ".lock", "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -2994,7 +2971,7 @@ def retry(config: Config, ids: list[str]) -> int:
     """
     with closing(Queue(config.path, config.max_size)) as queue_:
         queued = {row[0] for row in queue_.read(Queue.QUEUED, dumps(ids))}
-        counts = {id_: queue_.retry(id_) for id_ in ids or [""]}
+        counts = {id_: queue_.retry(id_) for id_ in dict.fromkeys(ids) or [""]}
     missing = [id_ for id_, n in counts.items() if id_ and not n]
     for id_ in missing:
         if id_ in queued:
@@ -3152,7 +3129,7 @@ class Backfill:
         """Return the jobs of a page's alerts, by id."""
         found = {}
         time_name = "createdAt" if self.config.auth == "hawk" else "created_at"
-        for i, (_, value, literal) in enumerate(literals(page)):
+        for i, (value, literal) in enumerate(literals(page)):
             alert = read_alert(literal, value, f"alerts[{i}]", time_name, "backfill")
             self.listed += 1
             if isinstance(alert, Malformed):
