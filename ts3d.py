@@ -35,11 +35,11 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import resource
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -52,7 +52,7 @@ import traceback
 import urllib.error
 import urllib.request
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -151,40 +151,39 @@ seconds = partial(partial, number, TIME)
 size = partial(partial, number, SIZE)
 count = partial(partial, number, {"": 1})
 
-# A secret is never shown, and NAME_file may name a file that holds it.
-Option = namedtuple("Option", "section name parse default help secret", defaults=[False])
+# A secret is never shown, and NAME_file may name a file that holds it. Each comment is also in
+# ts3d.conf.
+Option = namedtuple("Option", "section name parse default secret", defaults=[False])
 ROWS: tuple[tuple[Any, ...], ...] = (
-    ("server.listen", address, "127.0.0.1:8080", "HOST:PORT or [::1]:PORT to listen on"),
-    ("server.webhook_token", token, None, "secret that a webhook must present", True),
-    ("server.metrics_token", token, None, "secret for /metrics", True),
-    ("server.wait", seconds(0.0, 30), "2", "seconds an answer may wait for S3"),
-    ("server.max_body", size(1, 64 << 20), "8M", "bytes of one webhook"),
-    ("server.request_timeout", seconds(0.1, 3600), "10", "seconds for one request"),
-    ("server.keepalive_timeout", seconds(0.1, 86400), "5m", "seconds kept idle"),
-    ("server.max_connections", count(1, 65536), "1024", "connections held at once"),
-    ("server.tls_certificate", str, None, "PEM file: the certificate chain for HTTPS"),
-    ("server.tls_key", str, None, "PEM file: the certificate's private key"),
-    ("threatstack.auth", auth, "key", "API v1 or v2"),
-    ("threatstack.base_url", url, None, "the API's URL; the default depends on auth"),
-    ("threatstack.api_key", word, None, "the API key", True),
-    ("threatstack.user_id", word, None, "Hawk's id", True),
-    ("threatstack.organization_id", word, None, "Hawk's ext, or Organization header"),
-    ("threatstack.events", boolean, "yes", "with Hawk, archive contributing events too"),
-    ("threatstack.timeout", seconds(0.1, 3600), "30", "seconds for one call"),
-    ("s3.bucket", bucket_name, None, "the bucket"),
-    ("s3.prefix", key_prefix, "", "prefix of every key"),
-    ("s3.region", word, None, "AWS region; by default boto3's"),
-    ("s3.endpoint_url", url, None, "S3 endpoint; by default boto3's"),
-    ("queue.path", str, None, "the SQLite file"),
-    ("queue.max_size", size(1, 1 << 50), "1G", "bytes of queued alerts"),
-    ("archive.workers", count(0, 1024), "16", "alerts archived at once"),
-    ("archive.give_up_after", seconds(0.0, 10**9), "7d", "time an alert may fail"),
-    ("log.level", level, "INFO", "lowest level that is logged"),
+    ("server.listen", address, "127.0.0.1:8080"),  # HOST:PORT or [::1]:PORT to listen on
+    ("server.webhook_token", token, None, True),  # secret that a webhook must present
+    ("server.metrics_token", token, None, True),  # secret for /metrics
+    ("server.wait", seconds(0.0, 30), "2"),  # seconds an answer may wait for S3
+    ("server.max_body", size(1, 64 << 20), "8M"),  # bytes of one webhook
+    ("server.request_timeout", seconds(0.1, 3600), "10"),  # seconds for one request
+    ("server.keepalive_timeout", seconds(0.1, 86400), "5m"),  # seconds kept idle
+    ("server.max_connections", count(1, 65536), "1024"),  # connections held at once
+    ("server.tls_certificate", str, None),  # PEM file: the certificate chain for HTTPS
+    ("server.tls_key", str, None),  # PEM file: the certificate's private key
+    ("threatstack.auth", auth, "key"),  # API v1 or v2
+    ("threatstack.base_url", url, None),  # the API's URL; the default depends on auth
+    ("threatstack.api_key", word, None, True),  # the API key
+    ("threatstack.user_id", word, None, True),  # Hawk's id
+    ("threatstack.organization_id", word, None),  # Hawk's ext, or Organization header
+    ("threatstack.events", boolean, "yes"),  # with Hawk, archive contributing events too
+    ("threatstack.timeout", seconds(0.1, 3600), "30"),  # seconds for one call
+    ("s3.bucket", bucket_name, None),  # the bucket
+    ("s3.prefix", key_prefix, ""),  # prefix of every key
+    ("s3.region", word, None),  # AWS region; by default boto3's
+    ("s3.endpoint_url", url, None),  # S3 endpoint; by default boto3's
+    ("queue.path", str, None),  # the SQLite file
+    ("queue.max_size", size(1, 1 << 50), "1G"),  # bytes of queued alerts
+    ("archive.workers", count(0, 1024), "16"),  # alerts archived at once
+    ("archive.give_up_after", seconds(0.0, 10**9), "7d"),  # time an alert may fail
+    ("log.level", level, "INFO"),  # lowest level that is logged
 )
 OPTIONS = [Option(*name.split("."), *row) for name, *row in ROWS]
-PUT_OBJECT = (
-    "s3:put_object"  # this section's options are parameters of boto3's put_object
-)
+PUT_OBJECT = "s3:put_object"  # its options are parameters of boto3's put_object
 OWN_PARAMETERS = re.compile("Bucket|Key|Body|Content(Type|Length|MD5)|Checksum.*")
 ENVIRONMENT = {  # the tutorial's variables, by the option that each overrides
     "base_url": "THREATSTACK_BASE_URL",
@@ -211,59 +210,94 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `. Did you mean …?` with the known name that is most like this one, or nothing."""
     import difflib  # only a misspelt option needs it, and its import is slow
 
-    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    close = difflib.get_close_matches(name, known, 1, 0.5)
     return f". Did you mean {close[0]}?" if close else ""
 
 
 def load_config(path: str) -> Config:
     """Read and check the configuration file and the environment. Raises ConfigError."""
     sections, folder = read_ini(path), dirname(os.path.abspath(path))
-    config = Config(
-        file=path, tls=None, changed=[], put_object=sections.get(PUT_OBJECT, {})
-    )
+    put_object = sections.pop(PUT_OBJECT, {})
+    for name in filter(OWN_PARAMETERS.fullmatch, put_object):
+        raise ConfigError(
+            f"{path}: [{PUT_OBJECT}] {name}: ts3d sets this itself. Remove it"
+        )
+    config = Config(file=path, tls=None, changed=[], put_object=put_object)
     config.secrets = join(folder, environ.get("CREDENTIALS_DIRECTORY") or "secrets")
     for option in OPTIONS:
         load_option(config, option, sections.get(option.section, {}))
+    refuse_unknown(path, sections)
     config.base_url = (config.base_url or BASE_URLS[config.auth]).rstrip("/")
-    state = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    state = environ.get("STATE_DIRECTORY", "")
     config.path = join(folder, config.path or join(state, "queue.db"))
     if config.tls_certificate or config.tls_key:
         load_tls(config)
     return config
 
 
+def read_ini(path: str) -> dict[str, dict[str, str]]:
+    """Return the file's options by section. Raises ConfigError."""
+    # No interpolation: keys contain `%`. No default section: its options would be in all others.
+    parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keep upper case
+    try:
+        parser.read_string(read_text(path, path))
+    except configparser.Error as error:
+        # Its own text may quote the line, and so a secret.
+        lines = ", ".join(re.findall("line[: ]+([0-9]+)", str(error)))
+        raise ConfigError(
+            f"{path}: line {lines}: write each `option = value` once, below a [section]"
+        ) from None
+    return {section: dict(parser[section]) for section in parser.sections()}
+
+
+def read_text(path: str, where: str) -> str:
+    """Return a file's text; `where` is what names the file. Raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{where}: {error}. Create {path} in UTF-8, or name another file"
+        ) from None
+
+
 def load_option(config: Config, option: Any, section: dict[str, str]) -> None:
-    """Set one option from the environment, the file or its default. Raises ConfigError."""
-    where = f"{config.file}: [{option.section}] {option.name}"
-    text, file = section.get(option.name), section.get(f"{option.name}_file")
+    """Set an option from the environment, its section, which loses it, or its default.
+
+    Raises ConfigError.
+    """
+    where = f"[{option.section}] {option.name}"
     variable = ENVIRONMENT.get(option.name, "")
+    text = section.pop(option.name, None)
+    file = section.pop(f"{option.name}_file", None) if option.secret else None
     if environ.get(variable):
-        text, where = environ[variable], f"{variable} (environment)"
+        text, where = environ[variable], f"{where} (from {variable})"
     elif file is not None:
         if text is not None:
-            raise ConfigError(f"{where} and {option.name}_file are both set. Remove one")
-        where, path = f"{where}_file = {file!r}", join(config.secrets, file)
-        try:
-            with open(path, encoding="utf-8") as stream:
-                text = stream.read().strip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{where}: {error}. Write {path}") from None
+            raise ConfigError(
+                f"{config.file}: {where} and {option.name}_file are both set. Remove one"
+            )
+        where = f"{where}_file = {file!r}"
+        path = join(config.secrets, file)
+        text = read_text(path, f"{config.file}: {where}").strip("\n")
     if option.name == "webhook_token" and text == "":  # every client would be admitted
-        raise ConfigError(f"{where}: empty. Write a token there, or remove the line")
+        raise ConfigError(
+            f"{config.file}: {where}: empty. Write a token there, or remove the line"
+        )
     if text and text != option.default:
-        config.changed.append(where.removeprefix(f"{config.file}: "))
-    text = text or option.default
-    value = None
+        config.changed.append(where)
+    value = text or option.default
     try:
-        if text is not None:
-            value = option.parse(text)
-        refuse_quotes(text or "")
+        if value:
+            refuse_quotes(value)
+            value = option.parse(value)
     except ValueError as error:
-        shown = "" if option.secret else f" = {text!r}"
-        raise ConfigError(f"{where}{shown}: {error}") from None
+        shown = "" if option.secret else f" = {value!r}"
+        raise ConfigError(f"{config.file}: {where}{shown}: {error}") from None
     setattr(config, option.name, value)
     if option.secret:  # a shorter secret would be found by chance, and reveal itself so
-        SECRETS.extend(secret for secret in (text or "").split() if len(secret) >= 8)
+        SECRETS.extend(re.findall(r"\S{8,}", value or ""))
 
 
 def refuse_quotes(text: str) -> None:
@@ -274,63 +308,31 @@ def refuse_quotes(text: str) -> None:
         )
 
 
-def require(config: Config, *names: str) -> None:
-    """Raise ConfigError for the first of these options that is not set."""
-    for option in OPTIONS:
-        if option.name in names and not getattr(config, option.name):
-            raise ConfigError(
-                f"{config.file}: [{option.section}] {option.name} is not set. Set it there, or "
-                f"write the file that {option.name}_file names, in secrets/ beside it"
+def refuse_unknown(path: str, sections: dict[str, dict[str, str]]) -> None:
+    """Raise ConfigError for an unknown section or option: `load_option` has left none but those."""
+    for section, names in sections.items():
+        known = [option.name for option in OPTIONS if option.section == section]
+        if not known:
+            likely = nearest(
+                section, [PUT_OBJECT, *(option.section for option in OPTIONS)]
             )
-
-
-def read_ini(path: str) -> dict[str, dict[str, str]]:
-    """Return the file's sections, with names checked against OPTIONS. Raises ConfigError."""
-    # No interpolation: keys contain `%`. No default section: its options would be in all others.
-    parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keep upper case
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            parser.read_file(file)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}. Name another file with -c FILE"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-    except (
-        configparser.Error
-    ) as error:  # its own text may quote the line, and so a secret
-        line = getattr(error, "lineno", None) or getattr(error, "errors", [[1]])[0][0]
-        raise ConfigError(
-            f"{path}: line {line}: write each `option = value` once, below a [section]"
-        ) from None
-    sections = {section: dict(parser[section]) for section in parser.sections()}
-    for section, options in sections.items():
-        check_names(path, section, options)
-    return sections
-
-
-def check_names(path: str, section: str, options: Iterable[str]) -> None:
-    """Raise ConfigError for an unknown section or option."""
-    known: dict[str, list[str]] = {PUT_OBJECT: []}
-    for option in OPTIONS:
-        known.setdefault(option.section, []).append(option.name)
-        if option.secret:
-            known[option.section].append(f"{option.name}_file")
-    if section not in known:
-        raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, known)}")
-    for name in options:
-        if section == PUT_OBJECT and OWN_PARAMETERS.fullmatch(name):
-            raise ConfigError(
-                f"{path}: [{section}] {name}: ts3d sets this itself. Remove it"
-            )
-        if section != PUT_OBJECT and name not in known[section]:
-            likely = nearest(name, known[section])
+            raise ConfigError(f"{path}: unknown section [{section}]{likely}")
+        for name in names:
+            likely = nearest(name, known)
             # What does not look like a name may be a secret's second line that is not indented.
             if not fullmatch("[A-Za-z_]{1,30}", name):
                 name = "in a line that is not indented, or misspelt"
             raise ConfigError(f"{path}: [{section}] unknown option {name}{likely}")
+
+
+def require(config: Config, *names: str) -> None:
+    """Raise ConfigError for the first of these options that is not set."""
+    for option in OPTIONS:
+        if option.name in names and not getattr(config, option.name):
+            text = f"{config.file}: [{option.section}] {option.name} is not set. Set it there"
+            if option.secret:
+                text += f", or write the file that {option.name}_file names"
+            raise ConfigError(text)
 
 
 def load_tls(config: Config) -> None:
@@ -363,9 +365,8 @@ def start_log(lowest: str) -> None:
     """Log to standard error, from this level on."""
     handler = logging.StreamHandler()
     handler.format = log_line  # type: ignore[method-assign]
-    logging.raiseExceptions = (
-        False  # a log that cannot be written must not end what is logged
-    )
+    # A log that cannot be written must not end what is logged.
+    logging.raiseExceptions = False
     # Other libraries from WARNING on: botocore's DEBUG lines have signatures and bodies.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(lowest.upper())
@@ -375,9 +376,8 @@ def log_line(record: logging.LogRecord) -> str:
     """Return a record as one line."""
     text = printable(record.getMessage())
     if in_journal():
-        return f"<{PRIORITIES.get(record.levelname, 6)}>{text}"
-    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-    return f"{moment},{record.msecs:03.0f} {record.levelname} {text}"
+        return f"<{PRIORITIES[record.levelname]}>{text}"
+    return f"{logging.Formatter().formatTime(record)} {record.levelname} {text}"
 
 
 def printable(text: str) -> str:
@@ -396,16 +396,13 @@ def in_journal() -> bool:
 
 def log_event(severity: int, message: str, **fields: Any) -> None:
     """Log a message and its fields, as `key=value` (logfmt); fields that are None are left out."""
-    if not log.isEnabledFor(severity):
-        return
     for name, value in fields.items():
-        if value is None:
-            continue
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
         if not text or re.search(r'[\s"=]', text):
-            text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        message += f" {name}={text}"
-    log.log(severity, "%s", message)
+            text = dumps(text, ensure_ascii=False)
+        if value is not None:
+            message += f" {name}={text}"
+    log.log(severity, message)
 
 
 debug = partial(log_event, logging.DEBUG)
@@ -453,20 +450,11 @@ METRICS = {  # type and help, by name; https://prometheus.io/docs/practices/nami
     "ts3d_queue_disk_free_bytes": "gauge Free bytes for the queue; 503 below 16M.",
     "process_start_time_seconds": "gauge Start time of the process since the epoch.",
 }
-QUEUE_METRICS = [
-    name for name in METRICS if name.startswith("ts3d_queue")
-]  # of Queue.facts
+# What Queue.facts has, in its order.
+QUEUE_METRICS = [name for name in METRICS if name.startswith("ts3d_queue")]
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
-# Values by sample, and by labels as Prometheus writes them. A rate needs the 0 before the 1.
+# Values by sample, and by labels as Prometheus writes them.
 METRIC_VALUES: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-METRIC_VALUES["ts3d_webhooks_total"].update({f'{{status="{n}"}}': 0 for n in STATUSES})
-METRIC_VALUES["ts3d_retries_total"].update(
-    {'{upstream="s3"}': 0, '{upstream="threatstack"}': 0}
-)
-METRIC_VALUES["ts3d_build_info"][
-    f'{{version="{VERSION}",python="{sys.version.split()[0]}"}}'
-] = 1
-METRIC_VALUES["process_start_time_seconds"][""] = time.time()
 METRICS_LOCK = Lock()
 
 
@@ -474,6 +462,14 @@ def add(name: str, amount: float = 1, label: str = "") -> None:
     """Add to a counter; `label` as Prometheus writes it."""
     with METRICS_LOCK:
         METRIC_VALUES[name][label] += amount
+
+
+for code in STATUSES:  # a rate needs the 0 before the 1
+    add("ts3d_webhooks_total", 0, f'{{status="{code}"}}')
+for upstream in ("s3", "threatstack"):
+    add("ts3d_retries_total", 0, f'{{upstream="{upstream}"}}')
+add("ts3d_build_info", 1, f'{{version="{VERSION}",python="{sys.version.split()[0]}"}}')
+add("process_start_time_seconds", time.time())
 
 
 def metrics_text() -> str:
@@ -501,9 +497,7 @@ def metrics_text() -> str:
 class Malformed(Exception):
     """A webhook or alert that is not valid: member or place, and cause; `id` if it has one."""
 
-    def __init__(self, text: str, id_: str | None = None) -> None:
-        super().__init__(text)
-        self.id = id_
+    id: str | None = None
 
 
 @dataclass
@@ -512,8 +506,8 @@ class Job:
 
     `minute` is YYYY/MM/DD/HH/MM in UTC. `source` says which objects it consists of, `step` which of
     them is next. `due` and `failed_at` are times of the monotonic clock, `received` and
-    `error_since` seconds since the epoch. `failing` and `not_found` are seconds that count towards
-    give_up_after. A job that was taken from the queue has no `body`.
+    `error_since` seconds since the epoch. `failing` is seconds that count
+    towards give_up_after. A job that was taken from the queue has no `body`.
     """
 
     id: str
@@ -526,7 +520,6 @@ class Job:
     due: float = 0
     tries: int = 0
     failing: float = 0
-    not_found: float = 0
     failed_at: float = 0
     error_type: str | None = None
     error_message: str | None = None
@@ -553,15 +546,13 @@ def refuse_constant(name: str) -> None:
 JSON = json.JSONDecoder(
     object_pairs_hook=tuple, parse_int=float, parse_constant=refuse_constant
 )
-SEPARATORS = re.compile(
-    r"[ \t\n\r,:]*"
-)  # between the values of a text that is known to be JSON
+# Between the values of a text that is known to be JSON.
+SEPARATORS = re.compile(r"[ \t\n\r,:]*")
 CONSTANT = re.compile(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)')
 MAX_ALERTS = 10_000  # in one webhook: each takes memory, and a place in the answer
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
-SECONDS_BELOW = (
-    10**11
-)  # a smaller `created_at` is seconds, not milliseconds: 10^11 ms is in 1973
+# A smaller `created_at` is seconds, not milliseconds: 10^11 ms is in 1973.
+SECONDS_BELOW = 10**11
 YEAR_10000 = 253_402_300_800  # seconds
 
 
@@ -580,23 +571,22 @@ def read_json(body: bytes) -> tuple[str, Any]:
         raise Malformed(f"not JSON: {member}{error}") from None
 
 
-def literals(text: str) -> Iterator[tuple[str, Any, str]]:
-    """Yield name, value and literal text of each member of an object, or element of an array.
+def literals(text: str) -> Iterator[tuple[Any, str]]:
+    """Yield value and literal text of each element of an array, or name and value of an object.
 
     `text` is known to be JSON. The json module returns values, but not where they were.
     """
-    name, end = "", 1
+    end = 1
     while text[at := SEPARATORS.match(text, end).end()] not in "]}":  # type: ignore[union-attr]
-        if text[0] == "{":
-            name, end = JSON.raw_decode(text, at)
-            at = SEPARATORS.match(text, end).end()  # type: ignore[union-attr]
         value, end = JSON.raw_decode(text, at)
-        yield name, value, text[at:end]
+        yield value, text[at:end]
 
 
 def literal_of(text: str, wanted: str) -> str:
     """Return the literal text of a member's value; the object is known to have the member."""
-    return next(literal for name, _, literal in literals(text) if name == wanted)
+    parts = literals(text)  # names and values in turn
+    pairs = zip(parts, parts, strict=True)
+    return next(literal for (name, _), (_, literal) in pairs if name == wanted)
 
 
 def read_webhook(body: bytes) -> list[Job | Malformed]:
@@ -604,27 +594,25 @@ def read_webhook(body: bytes) -> list[Job | Malformed]:
     text, value = read_json(body)
     if not isinstance(value, tuple):
         raise Malformed("neither an object with `alerts` nor an alert")
-    names = [name for name, _ in value]
-    if "alerts" not in names:
-        return [read_alert(text, value)]
-    alerts = dict(value)["alerts"]
-    if "id" in names and "created_at" in names:
-        raise Malformed("alerts: beside id and created_at. Send one alert, or a list")
-    if not isinstance(alerts, list):
-        raise Malformed("alerts: not a list")
-    if len(alerts) > MAX_ALERTS:
-        raise Malformed(f"alerts: over {MAX_ALERTS}. Send fewer at once")
-    if names.count("alerts") > 1:
-        raise Malformed("alerts: there twice")
-    results = []
+    names, members = [name for name, _ in value], dict(value)
     try:
-        for i, (_, alert, literal) in enumerate(literals(literal_of(text, "alerts"))):
-            results.append(read_alert(literal, alert, f"alerts[{i}]"))
-    except (
-        RecursionError
-    ):  # at one exact depth the whole can be read, and its parts cannot
+        if "alerts" not in names:
+            return [read_alert(text, value)]
+        if "id" in names and "created_at" in names:
+            raise Malformed("alerts: beside id and created_at. Send one alert, or a list")
+        if not isinstance(members["alerts"], list):
+            raise Malformed("alerts: not a list")
+        if len(members["alerts"]) > MAX_ALERTS:
+            raise Malformed(f"alerts: over {MAX_ALERTS}. Send fewer at once")
+        if names.count("alerts") > 1:
+            raise Malformed("alerts: there twice")
+        return [
+            read_alert(literal, alert, f"alerts[{i}]")
+            for i, (alert, literal) in enumerate(literals(literal_of(text, "alerts")))
+        ]
+    # At one exact depth the whole can be read, and its parts cannot.
+    except RecursionError:
         raise Malformed("not JSON that ts3d reads: nested too deeply") from None
-    return results
 
 
 def read_alert(
@@ -642,22 +630,21 @@ def read_alert(
         return Malformed(f"{place}: not an object")
     names, members = [name for name, _ in alert], dict(alert)
     id_ = members.get("id")
-    shown = id_[:200] if isinstance(id_, str) else ""
+    shown, minute, cause = id_[:200] if isinstance(id_, str) else "", "", ""
     for name in ("id", time_name):
-        label = f"{place}.{name}".lstrip(".")
-        if names.count(name) != 1:
-            cause = "there twice" if name in names else "missing"
-            return Malformed(f"{label}: {cause}", shown or None)
-        literal = literal_of(text, name)
-        if len(literal) > 60:
-            literal = literal[:57] + "..."
         try:
-            if name != "id":
+            if names.count(name) != 1:
+                cause = "there twice" if name in names else "missing"
+            elif name == time_name:
                 minute = minute_of(read_time(members[name]))
-            elif id_ != shown or not ALERT_ID.fullmatch(shown):
+            elif not ALERT_ID.fullmatch(shown):
                 raise ValueError("is not 4 to 128 of A-Z a-z 0-9 _ -")
         except ValueError as error:
-            return Malformed(f"{label}: {printable(literal)} {error}", shown or None)
+            cause = f"{printable(literal_of(text, name)[:60])} {error}"
+        if cause:
+            malformed = Malformed(f"{place}.{name}: {cause}".lstrip("."))
+            malformed.id = shown or None
+            return malformed
     return Job(shown, minute, source, source, text.encode())
 
 
@@ -669,24 +656,19 @@ def read_time(value: Any) -> float:
     """
     if isinstance(value, str) and fullmatch("[0-9]+", value):
         value = float(value)
+    if isinstance(value, float) and value >= SECONDS_BELOW:
+        value /= 1000
     if isinstance(value, str) and re.match("[0-9]{4}-[0-9]{2}-[0-9]{2}.", value):
-        text = re.sub(
-            "(:[0-9]{2}):60", r"\1:59", value.upper()
-        )  # RFC 3339, 5.7: a leap second
-        try:
+        # RFC 3339, 5.7: a leap second
+        text = re.sub("(:[0-9]{2}):60", r"\1:59", value.upper())
+        with suppress(ValueError):
             moment = datetime.fromisoformat(text)
-        except ValueError:
-            raise ValueError(
-                "is not an ISO 8601 time such as 2026-11-24T18:00:07Z"
-            ) from None
-        value = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-    elif not isinstance(value, float):
-        raise ValueError("is neither milliseconds since the epoch nor an ISO 8601 time")
-    elif value >= SECONDS_BELOW:
-        value = value / 1000
+            value = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+    if not isinstance(value, float):
+        raise ValueError("is not an ISO 8601 time such as 2026-11-24T18:00:07Z")
     if not 0 <= value < YEAR_10000:
         raise ValueError("is not within the years 1970 to 9999")
-    return float(value)
+    return value
 
 
 def minute_of(moment: float) -> str:
@@ -698,17 +680,10 @@ def minute_of(moment: float) -> str:
 # Queue: what was acknowledged and is not archived yet, in one SQLite file
 # --------------------------------------------------------------------------------------------------
 
-MIN_DISK_FREE = (
-    16 << 20
-)  # bytes that webhooks leave free, so that there is room to drain the queue
+MIN_DISK_FREE = 16 << 20  # bytes that webhooks leave free: room to drain the queue
 WAL_SIZE = 4 << 20  # bytes of write-ahead log after which it is copied into the file
 LOCK_TIMEOUT = 5.0  # seconds to wait for another process's transaction
-MAX_OUTCOMES = (
-    10_000  # outcomes that wait for the disk, before no more jobs are taken from it
-)
-NOT_RUNNING = (
-    "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
-)
+MAX_TAKEN = 10_000  # jobs that wait for the disk, before no more are read from it
 KNOWN_FAILURES = {  # text and type of a QueueError, by SQLite's name
     "SQLITE_BUSY": (
         "another program holds the queue's lock. Find it with fuser -v and end it",
@@ -752,7 +727,6 @@ class Queue:
             due REAL NOT NULL DEFAULT 0,
             tries INTEGER NOT NULL DEFAULT 0,
             failing REAL NOT NULL DEFAULT 0,
-            not_found REAL NOT NULL DEFAULT 0,
             failed_at REAL NOT NULL DEFAULT 0,
             failed INTEGER NOT NULL DEFAULT 0,
             error_type TEXT,
@@ -784,41 +758,51 @@ class Queue:
         UPDATE jobs SET step = source
             WHERE :place <> (SELECT value FROM notes WHERE name = 'place');
         INSERT OR REPLACE INTO notes VALUES ('place', :place)"""
-    LOOK = """SELECT queued, failed, (SELECT min(received) FROM jobs WHERE failed = 0) AS oldest,
-        (page_count - freelist_count) * page_size AS size, freelist_count * page_size AS free
+    # The file's free pages are room: it does not shrink when the queue has been drained.
+    LOOK = """SELECT queued, failed, round(max(0, :now - coalesce(
+            (SELECT min(received) FROM jobs WHERE failed = 0), :now)), 3) AS oldest_seconds,
+        (page_count - freelist_count) * page_size + :excess AS queue_bytes,
+        :max_size AS max_bytes, :disk + freelist_count * page_size AS disk_free_bytes
         FROM counts, pragma_page_count, pragma_freelist_count, pragma_page_size"""
+    KIND = """SELECT user_version, (SELECT count(*) FROM sqlite_master)
+        FROM pragma_user_version"""
+    WRITE_A_PAGE = "PRAGMA user_version = 2"
     # Only the newest job of an id: of the bodies A, B, A the last A must come last.
     SAME = """SELECT number FROM jobs WHERE id = :id AND (:source = 'backfill' OR (body = :body
         AND number = (SELECT max(number) FROM jobs WHERE id = :id)))"""
     INSERT = """INSERT INTO jobs (id, minute, source, step, received, body)
         VALUES (:id, :minute, :source, :step, :received, :body)"""
     UPDATE = """UPDATE jobs SET step = :step, due = :due, tries = :tries, failing = :failing,
-        not_found = :not_found, failed_at = :failed_at, failed = :failed, error_type = :error_type,
+        failed_at = :failed_at, failed = :failed, error_type = :error_type,
         error_message = :error_message, error_since = :error_since WHERE number = :number"""
-    RETRY = """UPDATE jobs SET failed = 0, due = 0, tries = 0, failing = 0, not_found = 0,
+    RETRY = """UPDATE jobs SET failed = 0, due = 0, tries = 0, failing = 0,
         failed_at = 0, error_type = NULL WHERE failed = 1 AND (id = :id OR :id = '')"""
     # Of two jobs with one id at one step the later waits, so that the later body overwrites.
-    TAKE = """SELECT number, id, minute, source, step, received, due, tries, failing, not_found,
+    TAKE = """SELECT number, id, minute, source, step, received, due, tries, failing,
         failed_at, error_type, error_message, error_since FROM jobs
-        WHERE failed = 0 AND lane = ? AND due <= ? AND NOT EXISTS (
+        WHERE failed = 0 AND lane = ? AND due <= ?
+        AND number NOT IN (SELECT value FROM json_each(?)) AND NOT EXISTS (
             SELECT 1 FROM jobs AS other WHERE other.id = jobs.id AND other.failed = 0
             AND other.step = jobs.step AND other.number < jobs.number)
         ORDER BY due, number LIMIT ?"""
+    DELETE = "DELETE FROM jobs WHERE number = :number"
     BODY = "SELECT body FROM jobs WHERE number = ?"
     ERRORS = """SELECT number, error_type AS type, error_message AS message FROM jobs
         WHERE number IN (SELECT value FROM json_each(?))"""
-    QUEUED = (
-        "SELECT id FROM jobs WHERE failed = 0 AND id IN (SELECT value FROM json_each(?))"
-    )
+    QUEUED = """SELECT id FROM jobs
+        WHERE failed = 0 AND id IN (SELECT value FROM json_each(?))"""
+    NOTE = "INSERT OR REPLACE INTO notes VALUES ('backfilled', ?)"
+    NOTED = "SELECT coalesce(max(value), 0) FROM notes WHERE name = 'backfilled'"
     # SQLite takes the bare columns from the row that min() finds.
     PROBLEMS = """SELECT error_type AS type, error_message AS message,
         strftime('%Y-%m-%dT%H:%M:%fZ', min(error_since), 'unixepoch') AS since,
         sum(failed = 0) AS queued, sum(failed) AS failed, id AS alert FROM jobs
         WHERE error_type IS NOT NULL GROUP BY error_type"""
-    FAILED = """SELECT number, id, tries, error_type AS type, error_message AS message,
-        strftime('%Y-%m-%dT%H:%M:%fZ', received, 'unixepoch') AS received,
-        strftime('%Y-%m-%dT%H:%M:%fZ', error_since, 'unixepoch') AS since FROM jobs
-        WHERE failed = 1 AND number > ? ORDER BY number LIMIT 1000"""
+    FAILED = """SELECT json_object('id', id,
+        'received', strftime('%Y-%m-%dT%H:%M:%fZ', received, 'unixepoch'), 'tries', tries,
+        'error', json_object('type', error_type, 'message', error_message,
+            'since', strftime('%Y-%m-%dT%H:%M:%fZ', error_since, 'unixepoch')))
+        FROM jobs WHERE failed = 1 ORDER BY number"""
     # Errors from which SQLite recovers by itself. Any other ends the process; so does an unlock
     # that failed, after which SQLite takes a lock for held that is not, until it is closed.
     RECOVERABLE = re.compile(
@@ -834,56 +818,54 @@ class Queue:
         self.path, self.max_size, self.place = path, max_size, place
         self.error: QueueError | None = None  # why the last transaction failed
         self.fatal: QueueError | None = None  # what ends the process
-        self._lock = threading.RLock()  # for _reader, _taken and _outcomes
-        self._taken: set[int] = set()  # numbers of jobs that are not on disk as they are
-        self._outcomes: dict[int, Job] = {}  # what became of them, once that is known
-        self._inbox: SimpleQueue[Any] = SimpleQueue()  # (Write, Future), or None: wake
+        self._lock = threading.RLock()  # for _reader and _taken
+        # Jobs that are not on disk as they are, by number: None while a worker has one, then what
+        # became of it.
+        self._taken: dict[int, Job | None] = {}
+        self._inbox: deque[tuple[Write, Future[Any]]] = deque()
+        self._wake = threading.Event()
         self._closing = False
-        self._looked_at = self._proved_at = -math.inf  # monotonic clock
+        self._proved_at = -math.inf  # when a request was written last, monotonic clock
+        self._inodes: list[int] = []
         try:
             self._open()
-        except (QueueError, sqlite3.Error, OSError) as error:
-            text = f"[queue] path = {path} cannot be opened or written: {error}"
-            if not isinstance(error, QueueError):
-                text += (
-                    ". If there is no queue yet, start the daemon, which creates it; else name "
-                    "a file on a local disk, that this user may write, with 16M free"
-                )
-            raise ConfigError(text) from None
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(
+                f"[queue] path = {path} cannot be opened or written: {error}. If there is no queue "
+                "yet, start the daemon, which creates it; else name a file on a local disk, that "
+                "this user may write, with 16M free"
+            ) from None
         self.writer = start_thread("queue", self._write_all)
 
     def _open(self) -> None:
-        """Open the connections. Raises QueueError, OSError, sqlite3.Error."""
+        """Open the connections. Raises ConfigError, OSError, sqlite3.Error."""
         if self.place:
+            # Not SQLite's file: closing any descriptor of that would drop SQLite's locks.
             self._lock_file = create_file(self.path + ".lock")
-            deadline = monotonic() + 1  # `running` holds it for a moment
+            deadline = (
+                monotonic() + 1
+            )  # another process's `running` holds it for a moment
             while not try_lock(self._lock_file, fcntl.LOCK_EX):
                 if monotonic() > deadline:
-                    raise QueueError(
-                        "another `ts3d serve` uses this queue. Stop that one first"
-                    )
+                    text = "another `ts3d serve` uses this queue. Stop that one first"
+                    raise ConfigError(f"[queue] path = {self.path}: {text}")
                 time.sleep(0.01)
             create_file(self.path).close()
             self._recover()
-        self._db, self._reader, self._checkpointer = (
-            connect(self.path) for _ in range(3)
-        )
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        self._db = connect(self.path)
+        version, tables = self._db.execute(self.KIND).fetchone()
         if version != 2 and (version or tables or not self.place):
-            text = f"it is not ts3d's, or of another version ({version}, not 2). Name another, or "
-            raise QueueError(text + "run the ts3d that made it until nothing is queued")
+            raise ConfigError(
+                f"[queue] path = {self.path} is not ts3d's, or of another version ({version}, not "
+                "2). Name another, or run the ts3d that made it until nothing is queued"
+            )
         if self.place:
             self._db.execute("PRAGMA journal_mode = WAL").close()
             if not tables:
                 self._db.executescript(f"BEGIN; {self.SCHEMA} COMMIT;")
             for statement in self.START.split(";"):
                 self._db.execute(statement, {"place": self.place})
-        for db in (self._reader, self._checkpointer):
-            db.execute("SELECT 1 FROM jobs LIMIT 1").close()  # opens the write-ahead log
-        self._inodes = [
-            os.stat(self.path + suffix).st_ino for suffix in ("", "-wal", "-shm")
-        ]
+        self._reader, self._checkpointer = connect(self.path), connect(self.path)
         self._look()
 
     def _recover(self) -> None:
@@ -899,15 +881,17 @@ class Queue:
             return
         kept = f"{self.path}.malformed-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
         # The -wal first: after a crash in between a new file must not meet an old log.
-        for suffix in ("-wal", ""):
+        for suffix in ("-wal", "-shm", ""):
             with suppress(FileNotFoundError):
                 os.rename(self.path + suffix, kept + suffix)
-        with suppress(FileNotFoundError):
-            os.remove(self.path + "-shm")  # an index of the -wal
         create_file(self.path).close()
-        text = "the queue was malformed and was moved aside; alerts in it are not archived. Read "
-        text += "them with `sqlite3 FILE .dump`, then run `ts3d backfill`"
-        log_event(logging.CRITICAL, text, file=kept, cause=problem)
+        log_event(
+            logging.CRITICAL,
+            "the queue was malformed and was moved aside; alerts in it are not archived. Read them "
+            "with `sqlite3 FILE .dump`, then run `ts3d backfill`",
+            file=kept,
+            cause=problem,
+        )
 
     # Writing --------------------------------------------------------------------------------------
 
@@ -919,138 +903,125 @@ class Queue:
         """
         length = sum(len(job.body) for job in jobs)
 
-        def write(db: Connection) -> list[int]:
+        def write(db: Connection) -> list[Any]:
             self._require_room(length)
             self.facts["queue_bytes"] += length
             numbers = []
             for job in jobs:
                 job.received = time.time()
-                values = vars(job)
-                same = db.execute(self.SAME, values).fetchone()
-                if same:
-                    db.execute(self.RETRY, values)
-                    numbers.append(same[0])
-                else:
-                    numbers.append(db.execute(self.INSERT, values).lastrowid)
+                same = db.execute(self.SAME, vars(job)).fetchone()
+                new = db.execute(self.RETRY if same else self.INSERT, vars(job))
+                numbers.append(same[0] if same else new.lastrowid)
             return numbers
 
         return list(self._write(write))
 
-    def retry(self, ids: Iterable[str]) -> dict[str, int]:
-        """Retry the failed alerts of these ids; return how many, by id. Raises QueueError.
-
-        The id "" is that of all.
-        """
-        return dict(
-            self._write(
-                lambda db: {
-                    id_: db.execute(self.RETRY, {"id": id_}).rowcount for id_ in ids
-                }
-            )
-        )
+    def retry(self, id_: str = "") -> int:
+        """Retry the failed alerts of this id, or all; return how many. Raises QueueError."""
+        return int(self._write(lambda db: db.execute(self.RETRY, {"id": id_}).rowcount))
 
     def backfilled(self, until: float = 0.0) -> float:
         """Return until when backfill has seen all (0: never), or note it. Raises QueueError."""
         if until:
-            sql = "INSERT OR REPLACE INTO notes VALUES ('backfilled', ?)"
-            self._write(lambda db: db.execute(sql, (until,)))
-        rows = self.read("SELECT value FROM notes WHERE name = 'backfilled'")
-        return float(sum(row[0] for row in rows))
+            self._write(lambda db: db.execute(self.NOTE, (until,)))
+        return float(self.read(self.NOTED)[0][0])
 
     def settle(self, job: Job) -> None:
         """Have what became of a taken job written with the next commit. Waits for nothing."""
         with self._lock:
-            self._outcomes[job.number] = replace(job, probe=False)
-        if len(self._outcomes) >= 64:
-            self._inbox.put(None)
+            self._taken[job.number] = job
+        if len(self._taken) >= 100:
+            self._wake.set()
 
     def require_writable(self) -> None:
-        """Commit something, at most once a second. Raises QueueError if webhooks are refused."""
+        """Write a page, at most once a second. Raises QueueError if webhooks are refused."""
         self._require_room(0)
+        if error := self.error:
+            raise QueueError(str(error), error.type)
         if monotonic() - self._proved_at > 1:
-            self._write(lambda db: db.execute("PRAGMA user_version = 2"))  # writes a page
-        elif self.error:
-            raise QueueError(str(self.error), self.error.type)
+            self._write(lambda db: db.execute(self.WRITE_A_PAGE))
 
     def _require_room(self, length: int) -> None:
         """Raise QueueError unless there is room for `length` bytes."""
-        size, free, hint = self.facts["queue_bytes"], self.facts["disk_free_bytes"], ""
+        size, hint = self.facts["queue_bytes"], ""
         if self._wal > 2 * WAL_SIZE:
             hint = (
                 ". Another program reads the queue and so keeps its write-ahead log of "
                 f"{self._wal} bytes from being emptied. End that program"
             )
         if size + max(length, min(64 << 10, self.max_size // 16)) > self.max_size:
-            text = (
-                f"the queue is full: {size} of [queue] max_size = {self.max_size} bytes. "
+            raise QueueError(
+                f"the queue is full: {size} of [queue] max_size = {self.max_size} bytes. Correct "
+                f"what keeps alerts from S3, or raise it{hint}",
+                "queue_full",
             )
-            text += f"Correct what keeps alerts from S3, or raise it{hint}"
-            raise QueueError(text, "queue_full")
-        if free < MIN_DISK_FREE + length:
-            text, type_ = KNOWN_FAILURES["SQLITE_FULL"]
-            raise QueueError(text + hint, type_)
+        if self.facts["disk_free_bytes"] < MIN_DISK_FREE + length:
+            raise QueueError(*KNOWN_FAILURES["SQLITE_FULL"])
 
     def _write(self, write: Write) -> Any:
         """Have `write` take part in the next transaction; return its result. Raises QueueError."""
         future: Future[Any] = Future()
-        self._inbox.put((write, future))
+        self._inbox.append((write, future))
+        self._wake.set()
         return future.result()
 
     def _write_all(self) -> None:
         """Commit what waits, until the queue is closed. The writer thread."""
         closing = False
         while not closing:
-            closing = self._closing  # one more turn: what came before `close` is written
             expect_progress_within(LONGEST_TURN)
+            self._wake.wait(0.25)
+            self._wake.clear()
+            closing = (
+                self._closing
+            )  # before the rest: what came before `close` is written
             requests = []
-            with suppress(queue.Empty):
-                requests = [self._inbox.get(timeout=0.25)]
-                requests += [self._inbox.get() for _ in range(self._inbox.qsize())]
-            requests = [request for request in requests if request]
-            # Once a second in any case: other processes write too.
-            if requests or self._outcomes or monotonic() - self._looked_at > 1:
+            while self._inbox:
+                requests.append(self._inbox.popleft())
+            # Without them it looks at the disk, and at what other processes wrote.
+            if requests or self._taken or not closing:
                 self._commit(requests)
-                self._checkpoint()
+        with self._lock:
+            for db in (self._reader, self._checkpointer, self._db):
+                db.close()
 
     def _commit(self, requests: list[tuple[Write, Future[Any]]]) -> None:
         """Write all outcomes and requests in one transaction."""
         with self._lock:
-            outcomes = list(self._outcomes.values())
-        results: list[tuple[Callable[[Any], None], Any]] = []
+            outcomes = [job for job in self._taken.values() if job]
+        results = []
         try:
             self._begin()
-            for job in outcomes:
-                sql = (
-                    "DELETE FROM jobs WHERE number = :number" if job.done else self.UPDATE
-                )
-                self._db.execute(sql, vars(job))
-            for write, future in requests:
-                try:
-                    results.append((future.set_result, write(self._db)))
-                except QueueError as error:  # refused before it changed anything
-                    results.append((future.set_exception, error))
-            self._db.execute("COMMIT")
+            with self._db:  # commits, or rolls back
+                for job in outcomes:
+                    self._db.execute(self.DELETE if job.done else self.UPDATE, vars(job))
+                for write, future in requests:
+                    try:
+                        results.append((future, write(self._db)))
+                    except QueueError as error:  # refused before it changed anything
+                        future.set_exception(error)
+                # After an error this shows whether it has passed; after a checkpoint it begins the
+                # log anew, or a queue that is full because of its log would stay full.
+                if self.error or self._wal > WAL_SIZE:
+                    self._db.execute(self.WRITE_A_PAGE)
             self._look()
+            with self._lock:
+                for job in outcomes:
+                    if self._taken[job.number] is job:  # not taken again meanwhile
+                        del self._taken[job.number]
             if self.error:
                 warning("queue recovered")
             self.error = None
+            for future, result in results:
+                future.set_result(result)
+            self._checkpoint()
         except Exception as error:  # whatever it is, the requests must learn of it
-            with suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            failure, outcomes, results = self._failure(error), [], []
-            for _, future in requests:  # an exception of its own for each thread
-                results.append(
-                    (future.set_exception, QueueError(str(failure), failure.type))
-                )
+            failure = self._failure(error)
+            for _, future in requests:
+                if not future.done():  # an exception of its own for each thread
+                    future.set_exception(QueueError(str(failure), failure.type))
         if requests:
             self._proved_at = monotonic()
-        with self._lock:
-            for job in outcomes:
-                if self._outcomes.get(job.number) is job:  # not taken again meanwhile
-                    del self._outcomes[job.number]
-                    self._taken.discard(job.number)
-        for set_result, result in results:
-            set_result(result)
 
     def _begin(self) -> None:
         """Begin a transaction that writes, once no other process is in one. Raises sqlite3.Error.
@@ -1067,11 +1038,22 @@ class Queue:
                     raise
             time.sleep(random.uniform(0.0005, 0.003))
 
+    def _checkpoint(self) -> None:
+        """Copy a large write-ahead log into the file. Raises sqlite3.Error.
+
+        Only the daemon does, while it holds the write lock: SQLite before 3.51.3 can lose a commit
+        that races with another process's checkpoint. https://sqlite.org/wal.html#walresetbug
+        """
+        if self.place and self._wal > WAL_SIZE:
+            self._begin()
+            with self._db:
+                self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
+
     def _failure(self, error: Exception) -> QueueError:
         """Note and log an error of SQLite or the disk, and return it as QueueError."""
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         text = f"the queue cannot be written: {error} ({name}). Check its disk"
-        failure = QueueError(*KNOWN_FAILURES.get(name, (text, "queue_unwritable")))
+        failure = QueueError(*KNOWN_FAILURES.get(name, (text,)))
         if not self.RECOVERABLE.match(name):
             self.fatal = self.fatal or failure
         if not self.error:
@@ -1082,42 +1064,19 @@ class Queue:
     def _look(self) -> None:
         """Read counts and sizes. Raises QueueError, OSError, sqlite3.Error."""
         inodes = [os.stat(self.path + suffix).st_ino for suffix in ("", "-wal", "-shm")]
+        self._inodes = self._inodes or inodes
         # An open file outlives its name: after a restart nothing would find what is in it.
         if inodes != self._inodes:
             raise QueueError(f"{self.path}, or its -wal or -shm, was replaced")
-        queued, failed, oldest, size, free = self._db.execute(self.LOOK).fetchone()
         self._wal = os.path.getsize(self.path + "-wal")
-        # The file's free pages are room too: it does not shrink when the queue has been drained.
-        disk = os.statvfs(self.path)
-        self.facts: dict[str, float] = {
-            "queued": queued,
-            "failed": failed,
-            "oldest_seconds": round(max(0.0, time.time() - (oldest or math.inf)), 3),
-            "queue_bytes": size + max(0, self._wal - 2 * WAL_SIZE),
-            "max_bytes": self.max_size,
-            "disk_free_bytes": disk.f_bavail * disk.f_frsize + free,
+        values = {
+            "now": time.time(),
+            "excess": max(0, self._wal - 2 * WAL_SIZE),
+            "max_size": self.max_size,
+            "disk": shutil.disk_usage(self.path).free,
         }
-        self._looked_at = monotonic()
-
-    def _checkpoint(self) -> None:
-        """Copy a large write-ahead log into the file.
-
-        Only the daemon does, while it holds the write lock: SQLite before 3.51.3 can lose a commit
-        that races with another process's checkpoint. https://sqlite.org/wal.html#walresetbug
-        """
-        if not self.place or self._wal <= WAL_SIZE:
-            return
-        try:
-            self._begin()
-            self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
-            self._db.execute("ROLLBACK")
-            # A write begins the log anew and shortens its file: without one a queue that is full
-            # because of its log would stay full.
-            self._db.execute("PRAGMA user_version = 2")
-        except sqlite3.Error as error:
-            with suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            self._failure(error)
+        row = self._db.execute(self.LOOK, values).fetchone()
+        self.facts: dict[str, float] = dict(row)
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -1133,22 +1092,25 @@ class Queue:
                 raise self._failure(error) from None
 
     def take(self, lane: str, n: int) -> list[Job]:
-        """Take up to `n` jobs that are due, in the order of `due`. Raises QueueError."""
+        """Take up to `n` jobs that are due, in the order of `due`. Raises QueueError.
+
+        Jobs whose last outcome is not on disk yet come last.
+        """
         with self._lock:
-            now, rows = monotonic(), []
-            jobs = [
-                replace(job)
-                for job in self._outcomes.values()
-                if not (job.done or job.failed)
+            now, jobs = monotonic(), []
+            if len(self._taken) < MAX_TAKEN:
+                rows = self.read(self.TAKE, lane, now, dumps(list(self._taken)), n)
+                jobs = [Job(**row) for row in rows]
+            jobs += [
+                replace(job, probe=False)
+                for job in self._taken.values()
+                if job
+                and job.lane == lane
+                and job.due <= now
+                and not (job.done or job.failed)
             ]
-            jobs = [job for job in jobs if job.lane == lane and job.due <= now]
-            if len(self._outcomes) < MAX_OUTCOMES:
-                rows = self.read(self.TAKE, lane, now, n + len(self._taken))
-            jobs += [Job(**row) for row in rows if row["number"] not in self._taken]
-            jobs.sort(key=lambda job: (job.due, job.number))
             for job in jobs[:n]:
-                self._outcomes.pop(job.number, None)
-                self._taken.add(job.number)
+                self._taken[job.number] = None
             return jobs[:n]
 
     def errors(self, numbers: Iterable[int]) -> dict[int, Json | None]:
@@ -1156,7 +1118,7 @@ class Queue:
         errors = {}
         with self._lock:
             for number, type_, message in self.read(self.ERRORS, dumps(list(numbers))):
-                if job := self._outcomes.get(number):
+                if job := self._taken.get(number):
                     type_, message = job.error_type, job.error_message
                 if not job or not job.done:
                     errors[number] = error_json(type_, message) if type_ else None
@@ -1167,7 +1129,10 @@ class Queue:
 
         They come from the jobs' last errors, and from a test of room and lock. Raises QueueError.
         """
-        found = [] if running(self.path) else [error_json("not_running", NOT_RUNNING)]
+        found = []
+        if not running(self.path):
+            text = "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
+            found.append(error_json("not_running", text))
         try:
             self.require_writable()
         except QueueError as error:
@@ -1176,22 +1141,15 @@ class Queue:
 
     def failures(self) -> Iterator[Json]:
         """Yield each failed alert: `id`, `received`, `tries`, `error`. Raises QueueError."""
-        number = 0
-        while rows := self.read(self.FAILED, number):
-            for number, id_, tries, type_, message, received, since in rows:  # noqa: B007
-                error = error_json(type_, message) | {"since": since}
-                yield {"id": id_, "received": received, "tries": tries, "error": error}
+        for (text,) in self.read(self.FAILED):
+            yield json.loads(text)
 
     def close(self, limit: float = 30) -> None:
         """Write what waits, for `limit` seconds at most, and close."""
         self._closing = True
-        self._inbox.put(None)
+        self._wake.set()
+        # A disk that hangs is left alone: what was acknowledged is on it.
         self.writer.join(limit)
-        if (
-            not self.writer.is_alive()
-        ):  # else the disk hangs; what was acknowledged is on it
-            for db in (self._reader, self._checkpointer, self._db):
-                db.close()
 
 
 def connect(path: str) -> Connection:
@@ -1201,9 +1159,12 @@ def connect(path: str) -> Connection:
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0
     )
     db.row_factory = sqlite3.Row
-    db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
-    db.execute("PRAGMA wal_autocheckpoint = 0").close()  # `_checkpoint` does it
-    db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE}").close()
+    # A commit is on disk when it returns. `_checkpoint` does what SQLite would do by itself. The
+    # SELECT opens the write-ahead log: without it a connection's checkpoint does nothing.
+    db.executescript(
+        "PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0; "
+        f"PRAGMA journal_size_limit = {WAL_SIZE}; SELECT count(*) FROM sqlite_master;"
+    )
     return db
 
 
@@ -1211,9 +1172,8 @@ def quick_check(path: str) -> str:
     """Return what SQLite finds malformed, or nothing. Raises sqlite3.Error for anything else."""
     try:
         with closing(connect(path)) as db:
-            return str(db.execute("PRAGMA quick_check(1)").fetchone()[0]).removeprefix(
-                "ok"
-            )
+            (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            return str(result).removeprefix("ok")
     except sqlite3.Error as error:
         if re.match("SQLITE_(CORRUPT|NOTADB)", error.sqlite_errorname):
             return str(error)
@@ -1228,10 +1188,7 @@ def running(path: str) -> bool:
 
 
 def try_lock(file: Any, how: int) -> bool:
-    """Lock a file as flock(2) does, and return whether that worked. Raises OSError.
-
-    It is not SQLite's file: closing any descriptor of that would drop SQLite's locks.
-    """
+    """Lock a file as flock(2) does, and return whether that worked. Raises OSError."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
         return True
@@ -1279,63 +1236,46 @@ CREDENTIALS = (
     "ConfigParseError|InvalidConfigError|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|"
     "ExpiredToken|InvalidClientTokenId|MetadataRetrievalError)"
 )
-ADVICE = (  # what to do, by type of error and its text; the first that matches counts
-    (
-        "s3_.*CERTIFICATE_VERIFY_FAILED",
-        "Check this machine's clock. For a private CA name its PEM file in AWS_CA_BUNDLE",
+ADVICE = {  # what to do, by type of error and its text; the first that matches counts
+    "s3_.*CERTIFICATE_VERIFY_FAILED": (
+        "Check this machine's clock. For a private CA name its PEM file in AWS_CA_BUNDLE"
     ),
-    (
-        ".*CERTIFICATE_VERIFY_FAILED",
-        "Check this machine's clock. For a private CA name its PEM file in SSL_CERT_FILE",
+    ".*CERTIFICATE_VERIFY_FAILED": (
+        "Check this machine's clock. For a private CA name its PEM file in SSL_CERT_FILE"
     ),
-    (
-        CREDENTIALS,
+    CREDENTIALS: (
         "Check the AWS credentials: the instance's role, or secrets/aws_credentials. For a role "
-        "behind a proxy set NO_PROXY=169.254.169.254",
+        "behind a proxy set NO_PROXY=169.254.169.254"
     ),
-    (
-        "threatstack_unauthorized",
+    "threatstack_unauthorized": (
         "Check [threatstack] api_key; for a v2 key set auth = hawk, user_id and organization_id, "
-        "and check this machine's clock",
+        "and check this machine's clock"
     ),
-    ("threatstack_forbidden", "Allow [threatstack] api_key to read alerts"),
-    (
-        "threatstack_(not_found|wrong_detail|bad_answer)",
-        "The API may lag. If all alerts fail so, check [threatstack] base_url",
+    "threatstack_forbidden": "Allow [threatstack] api_key to read alerts",
+    "threatstack_(not_found|wrong_detail|bad_answer)": (
+        "The API may lag. If all alerts fail so, check [threatstack] base_url"
     ),
-    ("threatstack_rate_limited", "No action needed: ts3d waits as long as the API asks"),
-    (
-        "s3_403",
+    "threatstack_rate_limited": "No action needed: ts3d waits as long as the API asks",
+    "s3_403": (
         "Check [s3] endpoint_url. Allow s3:PutObject and, for backfill, s3:GetObject and "
-        "s3:ListBucket; see README.md",
+        "s3:ListBucket; see README.md"
     ),
-    (
-        "s3_AccessDenied",
-        "Allow s3:PutObject on the bucket's objects, and its KMS key; see README.md",
+    "s3_AccessDenied": "Allow s3:PutObject on the bucket's objects, and its KMS key; see README.md",
+    "s3_(NoSuchBucket|InvalidBucketName)": "Correct [s3] bucket",
+    "s3_RequestTimeTooSkewed": "Set this machine's clock: timedatectl set-ntp yes",
+    "s3_NotImplemented": "The store must accept SHA-256 checksums (x-amz-checksum-sha256)",
+    "s3_KMS": "Check SSEKMSKeyId and its key policy: an enabled symmetric key in the same region",
+    "s3_(InvalidRequest|InvalidArgument|InvalidStorageClass)": (
+        "Check [s3:put_object]; for Object Lock prefer the bucket's default retention"
     ),
-    ("s3_(NoSuchBucket|InvalidBucketName)", "Correct [s3] bucket"),
-    ("s3_RequestTimeTooSkewed", "Set this machine's clock: timedatectl set-ntp yes"),
-    (
-        "s3_NotImplemented",
-        "The store must accept SHA-256 checksums (x-amz-checksum-sha256)",
-    ),
-    (
-        "s3_KMS",
-        "Check SSEKMSKeyId and its key policy: an enabled symmetric key in the same region",
-    ),
-    (
-        "s3_(InvalidRequest|InvalidArgument|InvalidStorageClass)",
-        "Check [s3:put_object]; for Object Lock prefer the bucket's default retention",
-    ),
-    (".*Proxy|[a-z0-9]+_407", "Check the proxy that HTTPS_PROXY or HTTP_PROXY names"),
-    (
-        f"{UNKNOWN}|[a-z0-9]+_(5..|SlowDown|InternalError|ServiceUnavailable)",
+    ".*Proxy|[a-z0-9]+_407": "Check the proxy that HTTPS_PROXY or HTTP_PROXY names",
+    f"{UNKNOWN}|[a-z0-9]+_(5..|SlowDown|InternalError|ServiceUnavailable)": (
         "No action needed: ts3d retries. If it lasts, check the network, [s3] endpoint_url and "
-        "[threatstack] base_url",
+        "[threatstack] base_url"
     ),
-    ("s3_", "Check [s3] endpoint_url and region, DNS, firewall and proxy"),
-    ("", "Check [threatstack] base_url, DNS, firewall and proxy"),
-)
+    "s3_": "Check [s3] endpoint_url and region, DNS, firewall and proxy",
+    "": "Check [threatstack] base_url, DNS, firewall and proxy",
+}
 
 
 def kind_of_error(type_: str, status: int) -> str:
@@ -1366,7 +1306,9 @@ def advice(error: str) -> str:
         file = environ.get(name, "")
         if file and (not exists(file) or "X509" in error):
             return f"{name} names {file}, which does not exist or has no certificate. Correct it"
-    return next(text for pattern, text in ADVICE if re.match(pattern, error, re.DOTALL))
+    return next(
+        text for pattern, text in ADVICE.items() if re.match(pattern, error, re.DOTALL)
+    )
 
 
 class UpstreamError(Exception):
@@ -2982,7 +2924,7 @@ def retry(config: Config, ids: list[str]) -> int:
     failed, 2 wrong usage, 78 wrong configuration.
     """
     with open_queue(config) as queue_:
-        counts = queue_.retry(dict.fromkeys(ids) or [""])
+        counts = {id_: queue_.retry(id_) for id_ in ids or [""]}
     print(f"{sum(counts.values())} queued again")
     missing = " ".join(id_ for id_ in ids if not counts[id_])
     if missing:
@@ -3106,7 +3048,7 @@ def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> Non
     """Queue those of a page's alerts that S3 lacks. Raises QueueError, UpstreamError."""
     jobs = {}
     time_name = "createdAt" if s3.config.auth == "hawk" else "created_at"
-    for _, value, literal in literals(page):
+    for value, literal in literals(page):
         counts["listed"] += 1
         place = f"alerts[{counts['listed']}]"
         job = read_alert(literal, value, place, time_name, "backfill")

@@ -484,14 +484,16 @@ def test_a_certificate_that_cannot_be_used(new_daemon, tmp_path, kind, says):
 def test_ts3d_conf_says_what_the_table_says():
     """Every option, in the table's order, commented out, with its default, after a comment that holds its meaning."""
     text = (ROOT / "ts3d.conf").read_text()
+    helps = dict(re.findall(r'^    \("([a-z0-9_.]+)", .*\),  # (.+)$', TS3D.read_text(), re.MULTILINE))
+    assert list(helps) == [f"{option.section}.{option.name}" for option in ts3d.OPTIONS]
     listed, section, comment = [], "", ""
     for line in text.splitlines():
         if match := re.fullmatch(r"\[(.+)\]", line):
             section, comment = match[1], ""
         elif match := re.fullmatch(r"#([a-z_]+) =(.*)", line):
             listed.append((section, match[1], match[2].strip()))
-            option = next(o for o in ts3d.OPTIONS if o[:2] == (section, match[1]))
-            assert option.help in comment, f"{option.name}: {option.help}"
+            name = f"{section}.{match[1]}"
+            assert helps[name] in comment, f"{name}: {helps[name]}"
             comment = ""
         elif line.startswith("#"):
             comment += " ".join(line.lstrip("#").split()) + " "

@@ -282,7 +282,7 @@ while time.monotonic() < ends:
     numbers = queue.put([new])
     queue.problems(), queue.errors(numbers)
     for _ in range(20):
-        queue.retry(["none"])  # a commit: more jobs than these would take long to archive
+        queue.retry("none")  # a commit: more jobs than these would take long to archive
     n += 1
 queue.close()
 print(n)
