@@ -20,7 +20,6 @@ Stack, S3, archiver, HTTP server, systemd, commands. README.md is the administra
 
 import base64
 import configparser
-import errno
 import fcntl
 import hashlib
 import hmac
@@ -29,7 +28,6 @@ import http.server
 import importlib.metadata
 import importlib.util
 import io
-import ipaddress
 import itertools
 import json
 import logging
@@ -56,10 +54,10 @@ from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from email.utils import formatdate, parsedate_to_datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from json import dumps
 from os import environ
@@ -342,7 +340,8 @@ def load_tls(config: Config) -> None:
     key = join(config.secrets, config.tls_key)
     config.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     config.tls.minimum_version = ssl.TLSVersion.TLSv1_2
-    config.tls.sslsocket_class = DeadlineSSLSocket
+    # After a connection's reading end was shut down, an answer can still be sent (OpenSSL 3).
+    config.tls.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         # With a password an encrypted key fails, instead of asking the terminal for one.
         config.tls.load_cert_chain(certificate, key, password="")
@@ -2055,61 +2054,25 @@ class Archiver:
 # --------------------------------------------------------------------------------------------------
 
 WEBHOOKS = "/api/v1/s3/alert"
-SMALL_BODY = 64 << 10  # bytes; of larger bodies at most eight are read and parsed at once
-HEAD_BYTES, HEAD_LINES = 64 << 10, 100
-REQUEST_LINE = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n"
-)
-FIELD_LINE = re.compile(
-    rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*))?\r\n"
-)
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+SMALL_BODY = 64 << 10  # bytes; of other bodies at most eight are read and parsed at once
+LARGE_BODIES = threading.Semaphore(8)
+PARSING = Lock()  # hostile JSON takes 25 times its size: one at a time
+HEAD_BYTES = 64 << 10
+LINE_BYTES = (
+    HEAD_BYTES // 100
+)  # that a line of a head counts at least: so it has at most 100
+NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(rf"({NAME}{{1,64}}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n")
+# RFC 9112, 5.1 and 5.2: no folded line and no blank before the colon matches.
+FIELD_LINE = re.compile(rf"(?:({NAME}+):([\t\x20-\x7e\x80-\xff]*))?\r\n")
+EMPTY_LINE = re.compile("\r\n")
+CHUNK_LINE = re.compile(r"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
 KEPT = "The body is kept in S3 under rejected/"
-ALERT_FORM = (
-    "Send an id (4 to 128 of A-Z a-z 0-9 _ -) and created_at (milliseconds or ISO 8601)"
-)
 
 
 class Refusal(Exception):
-    """A request that is answered with an error; status 0: the client is gone, no answer."""
-
-    def __init__(
-        self, status: int, type_: str, text: str, headers: str = "", **more: Any
-    ) -> None:
-        super().__init__(text)
-        self.status, self.headers = status, headers
-        self.payload: Json = {"success": False, "error": error_json(type_, text), **more}
-
-
-class DeadlineSocket(socket.socket):
-    """A socket whose reads and writes all end at one `deadline` (monotonic clock).
-
-    A socket's own time-out is for each call: a peer that sends a byte now and then never meets it.
-    """
-
-    deadline = math.inf
-
-    def arm(self) -> None:
-        """Set the time that is left. Raises TimeoutError if there is none."""
-        left = self.deadline - monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.settimeout(left)
-
-    def recv_into(self, *args: Any) -> int:
-        """Receive, within the deadline. Raises OSError."""
-        self.arm()
-        return super().recv_into(*args)
-
-    def send(self, *args: Any) -> int:
-        """Send a part, within the deadline. Raises OSError."""
-        self.arm()
-        return super().send(*args)
-
-
-class DeadlineSSLSocket(DeadlineSocket, ssl.SSLSocket):
-    """The same for TLS."""
+    """A request that is answered with an error: HTTP status, type, text, further header lines."""
 
 
 def shut_down(connection: socket.socket, how: int) -> None:
@@ -2122,60 +2085,52 @@ def shut_down(connection: socket.socket, how: int) -> None:
 class Server:
     """Accepts connections from listening sockets, limits them, runs a Handler in a thread for each.
 
-    A connection is "idle", "receiving" a request, or "answering".
+    A connection's phase is "handshake", "idle", "receiving" a request, or "answering".
     """
 
     def __init__(self, config: Config, archiver: Archiver) -> None:
         self.config, self.archiver, self.queue = config, archiver, archiver.queue
         self.stopping = False
-        self.large_bodies = threading.Semaphore(8)
-        self.parsing = Lock()  # hostile JSON takes 25 times its size: one at a time
         self._phases: dict[Any, tuple[str, float]] = {}  # by connection; since when
         self._lock = Lock()
+        self._limits = {  # seconds that a phase may take
+            "handshake": config.request_timeout,
+            "idle": config.keepalive_timeout,
+            "receiving": config.request_timeout,
+            "answering": math.inf,
+        }
 
     def accept(self, listener: socket.socket) -> None:
         """Accept a listening socket's connections. An acceptor thread."""
         listener.settimeout(0.25)
         while not self.stopping:
             expect_progress_within(LONGEST_TURN)
+            self._limit()
             try:
-                sock, client = listener.accept()
+                connection, address = listener.accept()
             except TimeoutError:
                 continue
-            except OSError as error:
+            except OSError as error:  # the client is gone, or no file or memory is left
                 debug("connection not accepted", error=error)
-                if error.errno != errno.ECONNABORTED:  # else no file or no memory is left
-                    self._limit(0)
-                    time.sleep(
-                        0.05
-                    )  # the socket stays readable, and this loop would spin
+                time.sleep(0.002)  # the socket may stay readable: this loop must not spin
                 continue
             # It is counted here: `stop` must not miss a connection whose thread has yet to begin.
-            connection: Any = DeadlineSocket(fileno=sock.detach())
+            self.enter(connection, "handshake")
+            self._limit()
+            client = address[0] if isinstance(address, tuple) else "local"
             try:
-                if self.config.tls:
-                    connection = self.config.tls.wrap_socket(
-                        connection, server_side=True, do_handshake_on_connect=False
-                    )
-                self.enter(connection, "idle")
-                self._limit(self.config.max_connections, connection)
                 start_thread("connection", self._serve, connection, client)
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # the client is gone, or no thread can start
+            except RuntimeError as error:  # no thread can start
                 debug("connection not served", error=error)
                 self._close(connection)
         listener.close()
 
-    def _serve(self, connection: Any, client: Any) -> None:
+    def _serve(self, connection: Any, client: str) -> None:
         """Serve a connection until it is closed. A connection's thread."""
         try:
-            connection.settimeout(self.config.request_timeout)
-            connection.deadline = monotonic() + self.config.request_timeout
             if self.config.tls:
                 connection.do_handshake()
-            connection.deadline = monotonic() + self.config.keepalive_timeout
+            self.enter(connection, "idle")
             Handler(connection, client, self)  # type: ignore[arg-type]
         except OSError as error:  # the client's doing: gone, or no TLS handshake
             debug("connection closed", client=client, error=error)
@@ -2187,119 +2142,105 @@ class Server:
         """Close a connection and count it no longer."""
         with self._lock:
             self._phases.pop(connection, None)
-        shut_down(connection, socket.SHUT_WR)
         connection.close()
 
     def enter(self, connection: Any, phase: str) -> None:
         """Note what a connection does now."""
         with self._lock:
+            self._phases.pop(connection, None)  # the order is that of waiting
             self._phases[connection] = (phase, monotonic())
 
-    def _limit(self, limit: int, new: Any = None) -> None:
-        """If there are more connections, close that which has been idle or slow for longest."""
+    def _limit(self) -> None:
+        """End phases that take too long, and connections beyond max_connections.
+
+        Of these it closes that which has been idle or slow for longest. A late request is read no
+        further, so that it can be answered.
+        """
         with self._lock:
-            waiting = [
-                (since, c)
-                for c, (phase, since) in self._phases.items()
-                if phase != "answering"
-            ]
-            if waiting and len(self._phases) > limit:
-                _, oldest = min(waiting, key=lambda pair: pair[0])
-                del self._phases[oldest]
-                shut_down(oldest, socket.SHUT_RDWR)
-                if oldest is new:
-                    warning(
-                        "connection refused: [server] max_connections are being answered"
-                    )
+            for connection, (phase, since) in list(self._phases.items()):
+                excess = len(self._phases) > self.config.max_connections
+                if excess and phase != "answering":
+                    del self._phases[connection]
+                    shut_down(connection, socket.SHUT_RDWR)
+                    debug("connection closed: more than [server] max_connections")
+                elif monotonic() - since > self._limits[phase]:
+                    shut_down(connection, socket.SHUT_RD)
 
     def stop(self, deadline: float) -> None:
         """Wait until `deadline` (monotonic clock) for requests that are being answered."""
+        # A request may be on its way to a connection that became idle just now.
+        self._limits |= {"handshake": 0.3, "idle": 0.3}
         while self._phases and monotonic() < deadline:
-            with self._lock:
-                # A request may be on its way to a connection that became idle just now.
-                before = monotonic() - 0.3
-                for connection, (phase, since) in self._phases.items():
-                    if phase == "idle" and since < before:
-                        shut_down(connection, socket.SHUT_RD)
+            self._limit()
             time.sleep(0.02)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: reads requests strictly as RFC 9112 defines them, and answers in JSON.
 
-    http.server's own parser takes `+4` for a length, ignores Transfer-Encoding and has no deadline.
+    http.server's own parser takes `+4` for a length, and ignores Transfer-Encoding.
+    `client_address` is an IP address, or `local` for a Unix socket.
     """
 
     server: Any
     rfile: io.BufferedReader
-
-    def setup(self) -> None:
-        """Make the files."""
-        super().setup()
-        self.config = self.server.config
-        # A Unix socket's client has no address, or has bound one: text or bytes.
-        self.client = "local"
-        if self.request.family != socket.AF_UNIX:
-            self.client = self.client_address[0]
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+    client_address: Any
 
     def handle_one_request(self) -> None:
-        """Read a request, answer it, log it."""
+        """Read a request, do what it asks, log it, answer it. Raises OSError."""
         self.close_connection = self.unread = True  # more of this request may come
         self.command = self.path = self.target = "-"
-        self.fields: dict[str, list[str]] = {}
+        self.fields = defaultdict[str, str](str)
         self.notes: Json = {}  # for the log
-        with suppress(OSError, ValueError):  # idle for too long, or gone
-            if not self.rfile.peek(1):
-                return
-            self.id, self.started = secrets.token_hex(8), monotonic()
-            self.request.deadline = self.started + self.config.request_timeout
-            self.server.enter(self.request, "receiving")
-            status, headers, payload = 200, "", self.answer_of_request()
-            if isinstance(payload, Refusal):
-                self.notes["error"] = payload
-                status, headers, payload = (
-                    payload.status,
-                    payload.headers,
-                    payload.payload,
-                )
-            self.log_answer(status)
-            if status:
-                self.answer(status, payload, headers)
-
-    def answer_of_request(self) -> Json | str | Refusal:
-        """Read a request, do what it asks, and return what to answer."""
+        self.payload: Any = {}  # the answer: text, or members beside `success`
+        if not self.rfile.peek(1):
+            return
+        self.id, self.started = secrets.token_hex(8), monotonic()
+        self.server.enter(self.request, "receiving")
+        status, headers = 200, list[str]()
         try:
             self.read_head()
-            if self.target == WEBHOOKS and self.command == "POST":
-                return self.webhook()
-            if self.target in ("/healthz", "/metrics") and self.command in (
-                "GET",
-                "HEAD",
-            ):
-                return self.health() if self.target == "/healthz" else self.metrics()
-            if self.target not in (WEBHOOKS, "/healthz", "/metrics"):
-                return Refusal(
-                    404, "not_found", f"wrong path. Send webhooks to {WEBHOOKS}"
-                )
-            allow = "POST" if self.target == WEBHOOKS else "GET, HEAD"
+            self.do_request()
+        except Exception as error:
+            status, type_, text, *headers = self.refusal(error).args
+            self.payload["error"] = error_json(type_, text)
+            self.notes["error"] = text
+        self.log_answer(status)
+        if status:
+            self.answer(status, "".join(headers))
+
+    def do_request(self) -> None:
+        """Do what the request asks. Raises Refusal, QueueError, OSError."""
+        functions = {
+            WEBHOOKS: self.webhook,
+            "/healthz": self.health,
+            "/metrics": self.metrics,
+        }
+        allow = "POST" if self.target == WEBHOOKS else "GET, HEAD"
+        if self.target not in functions:
+            raise Refusal(404, "not_found", f"wrong path. Send webhooks to {WEBHOOKS}")
+        if self.command not in allow.split(", "):
             text = f"wrong method. Use {allow}"
-            return Refusal(405, "method_not_allowed", text, f"Allow: {allow}\r\n")
-        except Refusal as refusal:
-            return refusal
-        except TimeoutError:
+            raise Refusal(405, "method_not_allowed", text, f"Allow: {allow}\r\n")
+        functions[self.target]()
+
+    def refusal(self, error: Exception) -> Refusal:
+        """Return how a request is refused after an error; status 0: the client is gone."""
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, QueueError):  # no alert of the request is on disk
+            return Refusal(503, "queue_unavailable", str(error), "Retry-After: 10\r\n")
+        if not isinstance(
+            error, OSError
+        ):  # a bug too is answered, and the daemon goes on
+            log_error(explain(error), request=self.id)
+            text = f"internal error. Search the log for {self.id}, report it"
+            return Refusal(500, "internal", text)
+        if monotonic() - self.started > self.server.config.request_timeout:
             text = "the request did not arrive within [server] request_timeout. Send it faster"
             return Refusal(408, "timeout", text)
-        except OSError as error:
-            self.close_connection = True
-            return Refusal(0, "gone", str(error))
-        except Exception as error:  # a bug too is answered, and the daemon goes on
-            log_error(explain(error), request=self.id)
-            return Refusal(
-                500,
-                "internal",
-                f"internal error. Search the log for {self.id}, report it",
-            )
+        self.close_connection = True
+        return Refusal(0, "gone", str(error))
 
     def log_answer(self, status: int) -> None:
         """Log and count an answer, before it is sent: its reader must find it in the log."""
@@ -2309,21 +2250,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         severity = logging.WARNING if lost or status >= 500 else logging.INFO
         if status == 200 and self.target != WEBHOOKS:
             severity = logging.DEBUG
-        forwarded = (
-            ",".join(self.fields.get("x-forwarded-for", ())).split(",")[-1].strip()
-        )
-        if is_local(self.client) and forwarded:
-            self.notes["forwarded_for"] = forwarded
+        if is_local(self.client_address):
+            forwarded = self.fields["x-forwarded-for"].rpartition(",")[2].strip()
+            self.notes["forwarded_for"] = forwarded or None
         path = self.path.partition("?")[0][:200]  # the query may have the token
-        text = f"{self.command} {path} {status or '-'}"
-        took = monotonic() - self.started
         log_event(
             severity,
-            text,
+            f"{self.command} {path} {status or '-'}",
             request=self.id,
-            client=self.client,
+            client=self.client_address,
             **self.notes,
-            seconds=took,
+            seconds=monotonic() - self.started,
         )
 
     # Reading --------------------------------------------------------------------------------------
@@ -2331,101 +2268,77 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal, OSError."""
         self.left = HEAD_BYTES
-        wrong = "the request line is not METHOD TARGET HTTP/1.1"
         if self.rfile.peek(1)[:1] == b"\r":  # RFC 9112, 2.2: ignore one empty line
-            self.read_line(FIELD_LINE, wrong)
-        self.command, self.path, minor = map(
-            bytes.decode, self.read_line(REQUEST_LINE, wrong).groups()
-        )
-        # RFC 9112, 3.2.2: absolute-form
-        self.target = re.sub("(?i)^https?://[^/?]*", "", self.path).partition("?")[0]
-        self.target = self.target.replace(WEBHOOKS + "/", WEBHOOKS)
+            self.read_line(EMPTY_LINE, "the request line")
+        self.command, self.path, minor = self.read_line(REQUEST_LINE, "the request line")
+        # Without scheme and host (RFC 9112, 3.2.2), a slash at its end, and the query.
+        self.target = re.sub(r"(?i)^https?://[^/?]*|/?(\?.*)?$", "", self.path)
         fields = self.fields = self.read_fields()
-        hosts = fields.get("host", [] if minor > "0" else [""])
-        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
+        if ("host" not in fields and minor > "0") or not HOST.fullmatch(fields["host"]):
             raise self.malformed("there must be one valid Host header")
-        lengths = fields.get("content-length", ["0"])
-        codings = [coding.lower() for coding in fields.get("transfer-encoding", ())]
-        self.chunked = codings == ["chunked"]
-        if codings and ("content-length" in fields or minor == "0" or not self.chunked):
+        length = fields.get("content-length", "0")
+        self.chunked = "transfer-encoding" in fields
+        wrong = minor == "0" or "content-length" in fields
+        if self.chunked and (wrong or fields["transfer-encoding"].lower() != "chunked"):
             raise self.malformed(
                 "Transfer-Encoding must be `chunked`, without Content-Length"
             )
-        if len(lengths) > 1 or not fullmatch("[0-9]{1,15}", lengths[0]):
+        if not fullmatch("[0-9]{1,15}", length):
             raise self.malformed("Content-Length must be one number")
-        self.length = int(lengths[0])
+        self.length = int(length)
         self.unread = self.chunked or self.length > 0
-        options = re.split(
-            r"[ \t]*,[ \t]*", ",".join(fields.get("connection", ())).lower()
-        )
-        self.close_connection = minor == "0" or "close" in options
+        self.close_connection = minor == "0" or "close" in fields["connection"].lower()
         # RFC 9110, 10.1.1: not in HTTP/1.0
-        self.expects = (
-            minor > "0" and "100-continue" in ",".join(fields.get("expect", ())).lower()
-        )
+        self.expects = minor > "0" and "100-continue" in fields["expect"].lower()
 
     def malformed(self, text: str) -> Refusal:
         """Return the refusal of a request that is not HTTP/1.1 as RFC 9112 defines it."""
         return Refusal(400, "malformed_request", f"{text}. Correct the client (RFC 9112)")
 
-    def read_fields(self) -> dict[str, list[str]]:
-        """Read headers or trailers. Raises Refusal, OSError."""
-        fields: dict[str, list[str]] = {}
-        for _ in range(HEAD_LINES + 1):
-            # RFC 9112, 5.1 and 5.2: no folded line and no blank before the colon matches.
-            name, value = self.read_line(
-                FIELD_LINE, "a header line is malformed"
-            ).groups()
+    def read_fields(self) -> defaultdict[str, str]:
+        """Read headers or trailers; of one name the values are joined. Raises Refusal, OSError."""
+        fields = defaultdict[str, str](str)
+        while True:
+            name, value = self.read_line(FIELD_LINE, "a header")
             if not name:
                 return fields
-            text = value.strip(b" \t").decode("latin-1")
-            fields.setdefault(name.decode().lower(), []).append(text)
-        raise Refusal(431, "head_too_large", f"over {HEAD_LINES} headers. Send fewer")
+            name, value = name.lower(), value.strip(" \t")
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
 
-    def read_line(self, pattern: re.Pattern[bytes], wrong: str) -> re.Match[bytes]:
-        """Read a line that matches, within `left` bytes. Raises Refusal, OSError."""
-        line = self.rfile.readline(self.left)
-        self.left -= len(line)
-        if match := pattern.fullmatch(line):
-            return match
-        if line.endswith(b"\r\n"):
-            raise self.malformed(wrong)
+    def read_line(self, pattern: re.Pattern[str], what: str) -> Any:
+        """Read a line within `left` bytes, return the pattern's groups. Raises Refusal, OSError."""
+        line = self.rfile.readline(max(self.left, 0))
+        self.left -= max(len(line), LINE_BYTES)
+        if match := pattern.fullmatch(line.decode("latin-1")):
+            return match.groups()
         if line.endswith(b"\n"):
-            raise self.malformed("a line does not end with CRLF")
-        if not self.left:
-            raise Refusal(
-                431, "head_too_large", f"over {HEAD_BYTES} bytes of headers. Send fewer"
-            )
+            raise self.malformed(f"{what} is malformed, or a line does not end with CRLF")
+        if self.left <= 0:
+            text = f"over {HEAD_BYTES} bytes or 100 lines of headers. Send fewer"
+            raise Refusal(431, "head_too_large", text)
         raise ConnectionResetError("closed in the middle of a request")
 
-    def read_body(self, slot: ExitStack) -> bytes:
-        """Read the body; `slot` holds a place among the large ones. Raises Refusal, OSError."""
-        limit, received, pieces = self.config.max_body, 0, list[bytes]()
-        if self.expects and self.unread and self.length <= limit:
+    def read_body(self) -> bytes:
+        """Read the body. Raises Refusal, OSError."""
+        limit, received, pieces = self.server.config.max_body, 0, list[bytes]()
+        if self.expects and self.length <= limit:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         while True:
             n = self.length - received
             if self.chunked:
                 self.left = HEAD_BYTES
-                n = int(self.read_line(CHUNK_LINE, "a chunk's size is malformed")[1], 16)
+                n = int(self.read_line(CHUNK_LINE, "a chunk's size")[0], 16)
             if not n:
                 break
-            if received + n > limit:
+            received += n
+            if received > limit:
                 text = f"the body is over [server] max_body = {limit} bytes. Send less, or raise it"
                 raise Refusal(413, "too_large", text)
-            if received + n > SMALL_BODY >= received:
-                if not self.server.large_bodies.acquire(
-                    timeout=self.config.request_timeout / 2
-                ):
-                    text = "eight large webhooks are being received. Send it again"
-                    raise Refusal(503, "busy", text, "Retry-After: 1\r\n")
-                slot.callback(self.server.large_bodies.release)
             pieces.append(self.rfile.read(n))
-            received += n
             if len(pieces[-1]) < n:
                 raise ConnectionResetError("closed in the middle of a body")
-            if self.chunked and self.rfile.read(2) != b"\r\n":
-                raise self.malformed("a chunk is longer than its size")
+            if self.chunked:
+                self.read_line(EMPTY_LINE, "a chunk's end")
         if self.chunked:
             self.read_fields()  # trailers
         self.unread = False
@@ -2438,134 +2351,127 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise Refusal unless the request presents one of these tokens. Source: RFC 6750."""
         query = self.path.partition("?")[2].replace("+", "%2B")  # a token may contain `+`
         presented = parse_qs(query, encoding="latin-1").get("token", [])
-        for value in self.fields.get("authorization", ()):
-            presented += re.findall("(?i)^bearer +(.*)", value)
-        matches = False
-        for secret in (getattr(self.config, option) or "").split():
-            for other in presented:  # all pairs are compared, each in constant time
-                matches |= hmac.compare_digest(secret.encode(), other.encode("latin-1"))
+        presented += re.findall("(?i)^bearer +(.*)", self.fields["authorization"])
+        tokens = (getattr(self.server.config, option) or "").split()
+        matches = False  # all pairs are compared, each in constant time
+        for secret, other in itertools.product(tokens, presented):
+            matches |= hmac.compare_digest(secret.encode(), other.encode("latin-1"))
         if not matches:
             text = f"present [server] {option} as Authorization: Bearer TOKEN or as ?token=TOKEN"
-            raise Refusal(
-                401, "unauthorized", text, 'WWW-Authenticate: Bearer realm="ts3d"\r\n'
-            )
+            scheme = 'WWW-Authenticate: Bearer realm="ts3d"\r\n'
+            raise Refusal(401, "unauthorized", text, scheme)
 
-    def webhook(self) -> Json:
-        """Queue a webhook's alerts; return their states, in the webhook's order.
+    def webhook(self) -> None:
+        """Queue a webhook's alerts; answer their states, in the webhook's order.
 
-        Raises Refusal, OSError.
+        Raises Refusal, QueueError, OSError.
         """
-        if self.config.webhook_token:
+        if self.server.config.webhook_token:
             self.authorize("webhook_token")
-        states, numbers = self.acknowledge()
+        large = self.chunked or self.length > SMALL_BODY
+        with LARGE_BODIES if large else nullcontext():
+            numbers = self.acknowledge()  # what waits for S3 after this needs no body
         queued: dict[int, Json | None] = dict.fromkeys(numbers)
         with suppress(QueueError):  # they are on disk: that is what the answer says
             queued = self.server.archiver.wait(numbers)
+        states = self.payload["alerts"]
         accepted = [state for state in states if state["state"] == "queued"]
         for state, number in zip(accepted, numbers, strict=True):
             if number not in queued:
                 state["state"] = "archived"
             elif queued[number]:
                 state["error"] = queued[number]
-        return {"success": True, "alerts": states}
 
-    def acknowledge(self) -> tuple[list[Json], list[int]]:
-        """Put a webhook on disk; return its alerts' states and the numbers of their jobs.
+    def acknowledge(self) -> list[int]:
+        """Put a webhook on disk; return the numbers of its alerts' jobs.
 
-        What waits for S3 after this needs no body. Raises Refusal, OSError.
+        Raises Refusal, QueueError, OSError.
         """
-        states: list[Json] = []
-        jobs = []
-        with ExitStack() as slot:
-            body = self.read_body(slot)
-            alerts, refusal = self.read_alerts(body)
-            for alert in alerts:
-                if isinstance(alert, Job):
-                    jobs.append(alert)
-                    states.append({"id": alert.id, "state": "queued"})
-                else:
-                    error = error_json("invalid_alert", f"{alert}. {ALERT_FORM}. {KEPT}")
-                    states.append({"id": alert.id, "state": "rejected", "error": error})
-                    self.notes["error"] = alert
-            accepted, rejected = len(jobs), len(alerts) - len(jobs)
-            if rejected and not accepted:
-                text = states[0]["error"]["message"]
-                refusal = Refusal(400, "invalid_alert", text, alerts=states)
-            self.notes |= {"bytes": len(body), "alerts": accepted, "rejected": rejected}
-            if refusal or rejected:  # nothing that presented the token is lost
-                digest = self.notes["kept"] = hashlib.sha256(body).hexdigest()
-                jobs.append(
-                    Job(digest, minute_of(time.time()), "rejected", "rejected", body)
-                )
-            try:
-                numbers = self.server.queue.put(jobs)[:accepted]
-            except QueueError as error:
-                raise queue_unavailable(error) from None
+        body = self.read_body()
+        alerts, refusal = self.read_alerts(body)
+        jobs, states = list[Job](), list[Json]()
+        for alert in alerts:
+            states.append({"id": alert.id, "state": "queued"})
+            if isinstance(alert, Job):
+                jobs.append(alert)
+                continue
+            text = (
+                f"{alert}. Send an id (4 to 128 of A-Z a-z 0-9 _ -) and created_at (milliseconds "
+                f"or ISO 8601). {KEPT}"
+            )
+            states[-1] |= {
+                "state": "rejected",
+                "error": error_json("invalid_alert", text),
+            }
+            self.notes["error"] = text
+        accepted, rejected = len(jobs), len(alerts) - len(jobs)
+        if rejected and not accepted:
+            refusal = Refusal(400, "invalid_alert", states[0]["error"]["message"])
+        self.notes |= {"bytes": len(body), "alerts": accepted, "rejected": rejected}
+        if refusal or rejected:  # nothing that presented the token is lost
+            digest = self.notes["kept"] = hashlib.sha256(body).hexdigest()
+            jobs.append(Job(digest, minute_of(time.time()), "rejected", "rejected", body))
+        numbers: list[int] = self.server.queue.put(jobs)[:accepted]
         add("ts3d_acknowledgement_seconds_sum", monotonic() - self.started)
         add("ts3d_acknowledgement_seconds_count")
         add("ts3d_alerts_received_total", accepted)
         add("ts3d_alerts_rejected_total", rejected)
         self.server.archiver.wake.set()
+        self.payload["alerts"] = states
         if refusal:
             raise refusal
-        return states, numbers
+        return numbers
 
     def read_alerts(self, body: bytes) -> tuple[list[Job | Malformed], Refusal | None]:
         """Return a body's alerts, or the refusal of the body as a whole."""
-        codings = ",".join(self.fields.get("content-encoding", ())).lower()
-        if codings not in ("", "identity"):
-            text = f"Content-Encoding: {codings} is not supported. Send the body as it is. {KEPT}"
+        coding = self.fields["content-encoding"].lower()
+        if coding not in ("", "identity"):
+            text = f"Content-Encoding: {coding} is not supported. Send the body as it is. {KEPT}"
             return [], Refusal(415, "unsupported_encoding", text)
         try:
-            with self.server.parsing:
+            with PARSING:
                 return read_webhook(body), None
         except Malformed as error:
             text = f'{error}. Send {{"alerts": [ALERT, …]}}. {KEPT}'
             return [], Refusal(400, "malformed_webhook", text)
 
-    def metrics(self) -> str:
-        """Return Prometheus's metrics, for this machine or with the token. Raises Refusal."""
-        if self.config.metrics_token or not is_local(self.client):
+    def metrics(self) -> None:
+        """Answer Prometheus's metrics, for this machine or with the token. Raises Refusal."""
+        if self.server.config.metrics_token or not is_local(self.client_address):
             self.authorize("metrics_token")
         for upstream in self.server.archiver.upstreams:
             label = f'{{upstream="{upstream.name}"}}'
             METRIC_VALUES["ts3d_upstream_unavailable"][label] = bool(upstream.open_for)
-        for name, value in zip(
-            QUEUE_METRICS, self.server.queue.facts.values(), strict=True
-        ):
+        values = self.server.queue.facts.values()
+        for name, value in zip(QUEUE_METRICS, values, strict=True):
             METRIC_VALUES[name][""] = value
-        return metrics_text()
+        self.payload = metrics_text()
 
-    def health(self) -> Json:
-        """Return what is queued, if the queue takes writes. Raises Refusal."""
-        facts = self.server.queue.facts
-        counts = {name: facts[name] for name in ("queued", "failed", "oldest_seconds")}
-        try:
-            self.server.queue.require_writable()
-        except QueueError as error:
-            raise queue_unavailable(error, **counts) from None
-        return {"success": True, **counts}
+    def health(self) -> None:
+        """Answer what is queued. Raises QueueError unless the queue takes writes."""
+        for name in ("queued", "failed", "oldest_seconds"):
+            self.payload[name] = self.server.queue.facts[name]
+        self.server.queue.require_writable()
 
-    def answer(self, status: int, payload: Json | str, headers: str) -> None:
+    def answer(self, status: int, headers: str) -> None:
         """Send the answer; if the client may still be sending, let it read the answer first.
 
         Raises OSError.
         """
-        kind, text = "text/plain; version=0.0.4; charset=utf-8", payload
+        kind, text = "text/plain; version=0.0.4; charset=utf-8", self.payload
         if not isinstance(text, str):
-            kind, text = "application/json", dumps(payload)
-        if self.unread or self.server.stopping or self.close_connection:
-            self.close_connection = True
+            kind, text = "application/json", dumps({"success": status == 200, **text})
+        self.close_connection |= self.unread or self.server.stopping
+        if self.close_connection:
             headers += "Connection: close\r\n"
         body = text.encode()
         head = (
             f"HTTP/1.1 {status} {self.responses[status][0]}\r\nServer: ts3d\r\n"
-            f"Date: {formatdate(usegmt=True)}\r\nX-Request-Id: {self.id}\r\n"
+            f"Date: {self.date_time_string()}\r\nX-Request-Id: {self.id}\r\n"
             f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
         )
         if self.command == "HEAD":
             body = b""
-        self.request.deadline = monotonic() + self.config.request_timeout
         # From here on it is idle: the client may read the answer before this thread's next line.
         self.server.enter(self.request, "receiving" if self.unread else "idle")
         self.request.sendall(head.encode() + body)
@@ -2574,20 +2480,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             shut_down(self.request, socket.SHUT_WR)
             while self.rfile.read1(65536):
                 pass
-        self.request.deadline = monotonic() + self.config.keepalive_timeout
-
-
-def queue_unavailable(error: QueueError, **facts: float) -> Refusal:
-    """Return the refusal of a webhook that could not be put on disk."""
-    return Refusal(503, "queue_unavailable", str(error), "Retry-After: 10\r\n", **facts)
 
 
 def is_local(ip: str) -> bool:
-    """Return whether a client is on this machine: a Unix socket's, or a loopback address."""
-    if ip == "local":
-        return True
-    found = ipaddress.ip_address(ip.partition("%")[0])
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+    """Return whether a client is on this machine: a Unix socket's (`local`), or by loopback."""
+    return bool(re.match(r"local$|127\.|::1$|::ffff:127\.", ip))
 
 
 def listen(config: Config) -> list[socket.socket]:
@@ -2597,25 +2494,20 @@ def listen(config: Config) -> list[socket.socket]:
     """
     where = f"{config.file}: [server] listen = {config.listen}"
     host, _, port = config.listen.rpartition(":")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = (
-        family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-    )  # [::] takes IPv4 too
-    passed = (
-        int(environ.get("LISTEN_FDS") or 0)
-        if environ.get("LISTEN_PID") == str(os.getpid())
-        else 0
-    )
+    ipv6, passed = ":" in host, 0
+    if environ.get("LISTEN_PID") == str(os.getpid()):
+        passed = int(environ["LISTEN_FDS"])
     try:
         sockets = [socket.socket(fileno=number) for number in range(3, 3 + passed)]
         if not passed:
+            family = socket.AF_INET6 if ipv6 else socket.AF_INET
             name = (host.strip("*[]"), int(port))
-            sockets = [
-                socket.create_server(
-                    name, family=family, backlog=1024, dualstack_ipv6=both
-                )
-            ]
-    except OSError as error:
+            # [::] takes IPv4 too
+            own = socket.create_server(
+                name, family=family, backlog=1024, dualstack_ipv6=ipv6
+            )
+            sockets = [own]
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{where}: {error}. Name a free address of this machine"
         ) from None
@@ -2630,6 +2522,11 @@ def listen(config: Config) -> list[socket.socket]:
                 f"{where}, in fact {url_of(sock, 'tcp')}: other machines can connect. Set [server] "
                 "webhook_token, or listen on a loopback address"
             )
+    if config.tls:  # an accepted connection shakes hands in its own thread
+        sockets = [
+            config.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            for sock in sockets
+        ]
     return sockets
 
 

@@ -432,6 +432,25 @@ def test_a_handshake_that_never_ends_is_ended(new_daemon, certificate):
         assert sock.recv(100) == b""
 
 
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_request_that_is_late_is_answered_over_https_too(new_daemon, certificate, version):
+    """Its bytes come now and then: each alone is in time."""
+    daemon = new_daemon(server__request_timeout="1", **certificate.options)
+    certificate.context.minimum_version = certificate.context.maximum_version = ssl.TLSVersion[version]
+    plain = socket.create_connection(daemon.address, 15)
+    with certificate.context.wrap_socket(plain, server_hostname="localhost") as sock:
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+        sock.settimeout(0.2)
+        answer = b""
+        while not answer:
+            try:
+                answer = sock.recv(65536)
+                assert answer
+            except TimeoutError:
+                sock.sendall(b"X")
+        assert answer.startswith(b"HTTP/1.1 408 ")
+
+
 def pem(kind):
     """A certificate and its key, one of which cannot be used."""
     both = trustme.CA().issue_cert("localhost")

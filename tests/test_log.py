@@ -5,7 +5,6 @@ import json
 import re
 import signal
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -248,10 +247,9 @@ def test_an_answer_in_which_a_bug_shows_names_its_line(caplog):
     ours, theirs = socket.socketpair()
     with ours, theirs, caplog.at_level("INFO", "ts3d"):
         theirs.sendall(message([CLOSE], method="GET", path="/healthz"))
+        theirs.shutdown(socket.SHUT_WR)
         config = SimpleNamespace(tls=None, request_timeout=5, keepalive_timeout=5)
-        sock = ts3d.DeadlineSocket(fileno=ours.detach())
-        sock.deadline = time.monotonic() + 5
-        Broken(sock, "", ts3d.Server(config, SimpleNamespace(queue=None)))
+        Broken(ours, "local", ts3d.Server(config, SimpleNamespace(queue=None)))
         answer = theirs.recv(65536).decode()
     [id_] = re.findall("X-Request-Id: (.*)\r\n", answer)
     assert id_ in json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]

@@ -451,8 +451,8 @@ def test_each_token_is_compared_in_constant_time(monkeypatch):
 
     monkeypatch.setattr(ts3d.hmac, "compare_digest", compare)
     handler = ts3d.Handler.__new__(ts3d.Handler)
-    handler.path, handler.fields = "/metrics?token=a&token=b", {"authorization": ["Bearer c"]}
-    handler.config = SimpleNamespace(metrics_token="a\nb")
+    handler.path, handler.fields = "/metrics?token=a&token=b", {"authorization": "Bearer c"}
+    handler.server = SimpleNamespace(config=SimpleNamespace(metrics_token="a\nb"))
     handler.authorize("metrics_token")
     assert sorted(compared) == [(a, b) for a in (b"a", b"b") for b in (b"a", b"b", b"c")]
 
