@@ -69,7 +69,7 @@ from threading import Lock, Thread
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, quote, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, urljoin, urlsplit
 
 VERSION = "0.2.0"
 log = logging.getLogger("ts3d")
@@ -1389,7 +1389,7 @@ class CircuitBreaker:
         """Return how many of `n` calls may begin now."""
         if not self.open_for:
             return n
-        return min(n, 1) if monotonic() >= self.probe_at else 0
+        return min(n, int(monotonic() >= self.probe_at))
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call `function`, and learn from the result. Raises UpstreamError."""
@@ -1606,11 +1606,8 @@ class ThreatStack(CircuitBreaker):
         if self.config.auth == "hawk":
             self._fetch(urljoin(base, "/help/hawk/self-test"))
             # That was at the host's root; this tests the path.
-            query = {
-                "from": rfc_3339(time.time() - 86400),
-                "until": rfc_3339(time.time()),
-            }
-            self.list(f"/alerts?status=active&{urlencode(query)}")
+            now = time.time()
+            self.list(f"/alerts?status=active&from={rfc_3339(now)}&until={rfc_3339(now)}")
         else:
             self.get("/alerts?count=1")
         return f"{base} accepts the key{proxy_of(base)}"
@@ -1858,8 +1855,7 @@ class Archiver:
         self.stopping = False
         self.fatal: Exception | None = None  # what ends the process
         self.threads: list[Thread] = []
-        self._lock = Lock()  # for _archived
-        self._archived: dict[int, Future[bool]] = {}  # of jobs for which answers wait
+        self._archived: dict[int, Future[None]] = {}  # of jobs for which answers wait
 
     def start(self) -> None:
         """Start the threads, unless there are to be none."""
@@ -1885,30 +1881,26 @@ class Archiver:
 
         Waits no longer once an upstream is unavailable. Raises QueueError.
         """
-        with self._lock:
-            futures = {
-                number: self._archived.setdefault(number, Future()) for number in numbers
-            }
+        # A dict's methods are atomic. A future that was taken out is resolved once.
+        waiting = {
+            number: self._archived.setdefault(number, Future()) for number in numbers
+        }
         queued = self.queue.errors(numbers)  # some may be archived already
         if self.config.workers and not self.stopping and not self.problem():
-            waiting = [futures[number] for number in queued]
-            wait_for(waiting, self.config.wait)
+            wait_for([waiting[number] for number in queued], self.config.wait)
             queued = self.queue.errors(queued)
         problem = self.problem()
-        with self._lock:
-            for number in numbers:
-                self._archived.pop(number, None)
-                if problem and number in queued:
-                    queued[number] = queued[number] or error_json(
-                        problem.type, str(problem)
-                    )
+        for number in numbers:
+            self._archived.pop(number, None)
+            if problem and number in queued:
+                queued[number] = queued[number] or error_json(problem.type, str(problem))
         return queued
 
-    def stop_waiting(self) -> None:
-        """Have all answers wait no longer."""
-        with self._lock:
-            for number in list(self._archived):
-                self._archived.pop(number).set_result(False)
+    def stop_waiting(self, *numbers: int) -> None:
+        """Have answers wait no longer for these jobs, or for any."""
+        for number in numbers or list(self._archived):
+            if waiting := self._archived.pop(number, None):
+                waiting.set_result(None)
 
     def problem(self) -> UpstreamError | None:
         """Return the error of an unavailable upstream, if there is one."""
@@ -1963,9 +1955,8 @@ class Archiver:
                     "alert failed, will be retried", id=job.id, error=job.error_message
                 )
             self.queue.settle(job)
-            with self._lock:
-                if job.done and job.number in self._archived:
-                    self._archived.pop(job.number).set_result(True)
+            if job.done:
+                self.stop_waiting(job.number)
             if any(pool.jobs.empty() for pool in self.pools):
                 self.wake.set()
             expect_progress_within(math.inf)  # until the next job
