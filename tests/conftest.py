@@ -368,13 +368,14 @@ def new_proxy(tmp_path):
         command += ["--num-acceptors=1", "--num-workers=1", "--plugins=names.Names", *options]
         with (folder / "log").open("wb") as log:
             environ = environment(PYTHONPATH=tmp_path, PYTHONUNBUFFERED=1)
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environ))
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, start_new_session=True)
+            processes.append(process)
         port = until(lambda: (folder / "port").exists() and (folder / "port").read_text().strip(), what="proxy")
         return SimpleNamespace(port=int(port), log=(folder / "log").read_text)
 
     yield start
     for process in processes:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # it has children, and does not always end by itself
         process.wait()
 
 
