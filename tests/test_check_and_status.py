@@ -313,7 +313,7 @@ FAULTS = [
         "clock wrong",
         clock_wrong,
         "clock",
-        ("S3", "Threat Stack", "720", "ntp"),
+        ("S3", "Threat Stack", "720", "ntp"),  # or 7201: Date has whole seconds
         "threatstack_(clock|unauthorized)",
         ("clock",),
         options=threatstack.HAWK,
