@@ -2049,9 +2049,7 @@ SMALL_BODY = 64 << 10  # bytes; of other bodies at most eight are read and parse
 LARGE_BODIES = threading.Semaphore(8)
 PARSING = Lock()  # hostile JSON takes 25 times its size: one at a time
 HEAD_BYTES = 64 << 10
-LINE_BYTES = (
-    HEAD_BYTES // 100
-)  # that a line of a head counts at least: so it has at most 100
+LINE_BYTES = HEAD_BYTES // 100  # each line counts as so many at least: 100 lines at most
 NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rf"({NAME}{{1,64}}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n")
 # RFC 9112, 5.1 and 5.2: no folded line and no blank before the colon matches.
@@ -2060,6 +2058,9 @@ EMPTY_LINE = re.compile("\r\n")
 CHUNK_LINE = re.compile(r"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
 KEPT = "The body is kept in S3 under rejected/"
+ALERT_FORM = (
+    "Send an id (4 to 128 of A-Z a-z 0-9 _ -) and created_at (milliseconds or ISO 8601)"
+)
 
 
 class Refusal(Exception):
@@ -2076,7 +2077,7 @@ def shut_down(connection: socket.socket, how: int) -> None:
 class Server:
     """Accepts connections from listening sockets, limits them, runs a Handler in a thread for each.
 
-    A connection's phase is "handshake", "idle", "receiving" a request, or "answering".
+    A connection's phase is "idle", "receiving" (a request or a TLS handshake), or "answering".
     """
 
     def __init__(self, config: Config, archiver: Archiver) -> None:
@@ -2085,7 +2086,6 @@ class Server:
         self._phases: dict[Any, tuple[str, float]] = {}  # by connection; since when
         self._lock = Lock()
         self._limits = {  # seconds that a phase may take
-            "handshake": config.request_timeout,
             "idle": config.keepalive_timeout,
             "receiving": config.request_timeout,
             "answering": math.inf,
@@ -2096,24 +2096,22 @@ class Server:
         listener.settimeout(0.25)
         while not self.stopping:
             expect_progress_within(LONGEST_TURN)
-            self._limit()
+            connection: Any = None
             try:
                 connection, address = listener.accept()
-            except TimeoutError:
-                continue
-            except OSError as error:  # the client is gone, or no file or memory is left
-                debug("connection not accepted", error=error)
-                time.sleep(0.002)  # the socket may stay readable: this loop must not spin
-                continue
-            # It is counted here: `stop` must not miss a connection whose thread has yet to begin.
-            self.enter(connection, "handshake")
-            self._limit()
-            client = address[0] if isinstance(address, tuple) else "local"
-            try:
+                # It is counted here: `stop` must not miss one whose thread has yet to begin.
+                self.enter(connection, "receiving")
+                self._limit()
+                client = address[0] if isinstance(address, tuple) else "local"
                 start_thread("connection", self._serve, connection, client)
-            except RuntimeError as error:  # no thread can start
-                debug("connection not served", error=error)
-                self._close(connection)
+            except TimeoutError:
+                self._limit()
+            except (OSError, RuntimeError) as error:  # no client, file, memory or thread
+                debug("connection not accepted", error=error)
+                if connection:
+                    self._close(connection)
+                self._limit()
+                time.sleep(0.002)  # the socket may stay readable: this loop must not spin
         listener.close()
 
     def _serve(self, connection: Any, client: str) -> None:
@@ -2160,7 +2158,7 @@ class Server:
     def stop(self, deadline: float) -> None:
         """Wait until `deadline` (monotonic clock) for requests that are being answered."""
         # A request may be on its way to a connection that became idle just now.
-        self._limits |= {"handshake": 0.3, "idle": 0.3}
+        self._limits["idle"] = 0.3
         while self._phases and monotonic() < deadline:
             self._limit()
             time.sleep(0.02)
@@ -2173,15 +2171,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     `client_address` is an IP address, or `local` for a Unix socket.
     """
 
-    server: Any
+    server: Server  # type: ignore[assignment]
     rfile: io.BufferedReader
     client_address: Any
 
     def handle_one_request(self) -> None:
         """Read a request, do what it asks, log it, answer it. Raises OSError."""
+        functions = {
+            WEBHOOKS: self.webhook,
+            "/healthz": self.health,
+            "/metrics": self.metrics,
+        }
         self.close_connection = self.unread = True  # more of this request may come
         self.command = self.path = self.target = "-"
-        self.fields = defaultdict[str, str](str)
+        self.fields: Json = defaultdict(str)
         self.notes: Json = {}  # for the log
         self.payload: Any = {}  # the answer: text, or members beside `success`
         if not self.rfile.peek(1):
@@ -2191,7 +2194,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status, headers = 200, list[str]()
         try:
             self.read_head()
-            self.do_request()
+            if self.target not in functions:
+                text = f"wrong path. Send webhooks to {WEBHOOKS}"
+                raise Refusal(404, "not_found", text)
+            allow = "POST" if self.target == WEBHOOKS else "GET, HEAD"
+            if self.command not in allow.split(", "):
+                text = f"wrong method. Use {allow}"
+                raise Refusal(405, "method_not_allowed", text, f"Allow: {allow}\r\n")
+            functions[self.target]()
         except Exception as error:
             status, type_, text, *headers = self.refusal(error).args
             self.payload["error"] = error_json(type_, text)
@@ -2200,30 +2210,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status:
             self.answer(status, "".join(headers))
 
-    def do_request(self) -> None:
-        """Do what the request asks. Raises Refusal, QueueError, OSError."""
-        functions = {
-            WEBHOOKS: self.webhook,
-            "/healthz": self.health,
-            "/metrics": self.metrics,
-        }
-        allow = "POST" if self.target == WEBHOOKS else "GET, HEAD"
-        if self.target not in functions:
-            raise Refusal(404, "not_found", f"wrong path. Send webhooks to {WEBHOOKS}")
-        if self.command not in allow.split(", "):
-            text = f"wrong method. Use {allow}"
-            raise Refusal(405, "method_not_allowed", text, f"Allow: {allow}\r\n")
-        functions[self.target]()
-
     def refusal(self, error: Exception) -> Refusal:
         """Return how a request is refused after an error; status 0: the client is gone."""
         if isinstance(error, Refusal):
             return error
         if isinstance(error, QueueError):  # no alert of the request is on disk
             return Refusal(503, "queue_unavailable", str(error), "Retry-After: 10\r\n")
-        if not isinstance(
-            error, OSError
-        ):  # a bug too is answered, and the daemon goes on
+        if not isinstance(error, OSError):
+            # A bug too is answered, and the daemon goes on.
             log_error(explain(error), request=self.id)
             text = f"internal error. Search the log for {self.id}, report it"
             return Refusal(500, "internal", text)
@@ -2286,9 +2280,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the refusal of a request that is not HTTP/1.1 as RFC 9112 defines it."""
         return Refusal(400, "malformed_request", f"{text}. Correct the client (RFC 9112)")
 
-    def read_fields(self) -> defaultdict[str, str]:
+    def read_fields(self) -> Json:
         """Read headers or trailers; of one name the values are joined. Raises Refusal, OSError."""
-        fields = defaultdict[str, str](str)
+        fields: Json = defaultdict(str)
         while True:
             name, value = self.read_line(FIELD_LINE, "a header")
             if not name:
@@ -2298,15 +2292,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_line(self, pattern: re.Pattern[str], what: str) -> Any:
         """Read a line within `left` bytes, return the pattern's groups. Raises Refusal, OSError."""
-        line = self.rfile.readline(max(self.left, 0))
+        line = self.rfile.readline(self.left)
         self.left -= max(len(line), LINE_BYTES)
+        if self.left <= 0:
+            text = f"over {HEAD_BYTES} bytes or 100 lines of headers. Send fewer"
+            raise Refusal(431, "head_too_large", text)
         if match := pattern.fullmatch(line.decode("latin-1")):
             return match.groups()
         if line.endswith(b"\n"):
             raise self.malformed(f"{what} is malformed, or a line does not end with CRLF")
-        if self.left <= 0:
-            text = f"over {HEAD_BYTES} bytes or 100 lines of headers. Send fewer"
-            raise Refusal(431, "head_too_large", text)
         raise ConnectionResetError("closed in the middle of a request")
 
     def read_body(self) -> bytes:
@@ -2362,11 +2356,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         large = self.chunked or self.length > SMALL_BODY
         with LARGE_BODIES if large else nullcontext():
             numbers = self.acknowledge()  # what waits for S3 after this needs no body
-        queued: dict[int, Json | None] = dict.fromkeys(numbers)
+        queued = dict.fromkeys(numbers)
         with suppress(QueueError):  # they are on disk: that is what the answer says
             queued = self.server.archiver.wait(numbers)
-        states = self.payload["alerts"]
-        accepted = [state for state in states if state["state"] == "queued"]
+        accepted = [state for state in self.states if state["state"] == "queued"]
         for state, number in zip(accepted, numbers, strict=True):
             if number not in queued:
                 state["state"] = "archived"
@@ -2379,52 +2372,50 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Raises Refusal, QueueError, OSError.
         """
         body = self.read_body()
-        alerts, refusal = self.read_alerts(body)
-        jobs, states = list[Job](), list[Json]()
-        for alert in alerts:
-            states.append({"id": alert.id, "state": "queued"})
-            if isinstance(alert, Job):
-                jobs.append(alert)
-                continue
-            text = (
-                f"{alert}. Send an id (4 to 128 of A-Z a-z 0-9 _ -) and created_at (milliseconds "
-                f"or ISO 8601). {KEPT}"
-            )
-            states[-1] |= {
-                "state": "rejected",
-                "error": error_json("invalid_alert", text),
-            }
-            self.notes["error"] = text
-        accepted, rejected = len(jobs), len(alerts) - len(jobs)
-        if rejected and not accepted:
-            refusal = Refusal(400, "invalid_alert", states[0]["error"]["message"])
+        jobs, refusal = self.read_alerts(body)
+        accepted, rejected = len(jobs), len(self.states) - len(jobs)
         self.notes |= {"bytes": len(body), "alerts": accepted, "rejected": rejected}
         if refusal or rejected:  # nothing that presented the token is lost
             digest = self.notes["kept"] = hashlib.sha256(body).hexdigest()
             jobs.append(Job(digest, minute_of(time.time()), "rejected", "rejected", body))
-        numbers: list[int] = self.server.queue.put(jobs)[:accepted]
+        numbers = self.server.queue.put(jobs)[:accepted]
         add("ts3d_acknowledgement_seconds_sum", monotonic() - self.started)
         add("ts3d_acknowledgement_seconds_count")
         add("ts3d_alerts_received_total", accepted)
         add("ts3d_alerts_rejected_total", rejected)
         self.server.archiver.wake.set()
-        self.payload["alerts"] = states
+        self.payload["alerts"] = self.states
         if refusal:
             raise refusal
         return numbers
 
-    def read_alerts(self, body: bytes) -> tuple[list[Job | Malformed], Refusal | None]:
-        """Return a body's alerts, or the refusal of the body as a whole."""
+    def read_alerts(self, body: bytes) -> tuple[list[Job], Refusal | None]:
+        """Return a webhook's jobs, and its refusal if no alert is valid. Sets `states`."""
+        jobs: list[Job] = []
+        self.states: list[Json] = []  # of all alerts, as the answer shows them
         coding = self.fields["content-encoding"].lower()
         if coding not in ("", "identity"):
             text = f"Content-Encoding: {coding} is not supported. Send the body as it is. {KEPT}"
-            return [], Refusal(415, "unsupported_encoding", text)
+            return jobs, Refusal(415, "unsupported_encoding", text)
         try:
             with PARSING:
-                return read_webhook(body), None
+                alerts = read_webhook(body)
         except Malformed as error:
             text = f'{error}. Send {{"alerts": [ALERT, …]}}. {KEPT}'
-            return [], Refusal(400, "malformed_webhook", text)
+            return jobs, Refusal(400, "malformed_webhook", text)
+        for alert in alerts:
+            self.states.append({"id": alert.id, "state": "queued"})
+            if isinstance(alert, Job):
+                jobs.append(alert)
+                continue
+            self.notes["error"] = text = f"{alert}. {ALERT_FORM}. {KEPT}"
+            self.states[-1] |= {
+                "state": "rejected",
+                "error": error_json("invalid_alert", text),
+            }
+        if alerts and not jobs:
+            return jobs, Refusal(400, "invalid_alert", self.states[0]["error"]["message"])
+        return jobs, None
 
     def metrics(self) -> None:
         """Answer Prometheus's metrics, for this machine or with the token. Raises Refusal."""
@@ -2490,14 +2481,11 @@ def listen(config: Config) -> list[socket.socket]:
         passed = int(environ["LISTEN_FDS"])
     try:
         sockets = [socket.socket(fileno=number) for number in range(3, 3 + passed)]
-        if not passed:
-            family = socket.AF_INET6 if ipv6 else socket.AF_INET
-            name = (host.strip("*[]"), int(port))
-            # [::] takes IPv4 too
-            own = socket.create_server(
-                name, family=family, backlog=1024, dualstack_ipv6=ipv6
-            )
-            sockets = [own]
+        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        name = (host.strip("*[]"), int(port))
+        sockets = sockets or [  # [::] takes IPv4 too
+            socket.create_server(name, family=family, backlog=1024, dualstack_ipv6=ipv6)
+        ]
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{where}: {error}. Name a free address of this machine"
@@ -2525,7 +2513,7 @@ def url_of(sock: socket.socket, scheme: str) -> str:
     """Return the URL on which a socket listens; of a Unix socket `unix:PATH`."""
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
-        return "unix:" + os.fsdecode(name).replace("\0", "@", 1)
+        return "unix:" + os.fsdecode(name).replace("\0", "@")
     host = f"[{name[0]}]" if ":" in name[0] else name[0]
     return f"{scheme}://{host}:{name[1]}"
 
