@@ -841,9 +841,7 @@ class Queue:
         if self.place:
             # Not SQLite's file: closing any descriptor of that would drop SQLite's locks.
             self._lock_file = create_file(self.path + ".lock")
-            deadline = (
-                monotonic() + 1
-            )  # another process's `running` holds it for a moment
+            deadline = monotonic() + 1  # `running` of another process holds it shortly
             while not try_lock(self._lock_file, fcntl.LOCK_EX):
                 if monotonic() > deadline:
                     text = "another `ts3d serve` uses this queue. Stop that one first"
@@ -971,9 +969,7 @@ class Queue:
             expect_progress_within(LONGEST_TURN)
             self._wake.wait(0.25)
             self._wake.clear()
-            closing = (
-                self._closing
-            )  # before the rest: what came before `close` is written
+            closing = self._closing  # read first: what came before `close` is written
             requests = []
             while self._inbox:
                 requests.append(self._inbox.popleft())
@@ -1776,9 +1772,8 @@ class S3(CircuitBreaker):
         )
         cause = str(problem.get("Code") or status or type(error).__name__)
         self.date = headers.get("date")
-        detail = getattr(error, "kwargs", {}).get(
-            "error", ""
-        )  # why, of a botocore exception
+        # Why, of a botocore exception.
+        detail = getattr(error, "kwargs", {}).get("error", "")
         text = f"{problem.get('Message') or error} ({cause}) {detail}".strip()
         if cause == "NoSuchBucket":
             text = f"bucket {self.config.bucket} does not exist ({cause})"
@@ -1951,9 +1946,8 @@ class Archiver:
             except Exception as error:  # a bug, or a disk that fails; this thread goes on
                 job.due, job.error_type = monotonic() + 10, "internal"
                 job.error_message = explain(error)
-                log_error(
-                    "alert failed, will be retried", id=job.id, error=job.error_message
-                )
+                text = "alert failed, will be retried"
+                log_error(text, id=job.id, error=job.error_message)
             self.queue.settle(job)
             if job.done:
                 self.stop_waiting(job.number)
