@@ -1651,10 +1651,8 @@ class S3(CircuitBreaker):
                 max_pool_connections=10 + 2 * self.config.workers,
                 connect_timeout=5,
                 read_timeout=10,
-                retries={
-                    "mode": "standard",
-                    "total_max_attempts": 2,
-                },  # the queue does the rest
+                # Jobs are retried by the queue.
+                retries={"mode": "standard", "total_max_attempts": 2},
             )
             session = boto3.session.Session(region_name=self.config.region)
             client = session.client(
@@ -1766,10 +1764,8 @@ class S3(CircuitBreaker):
         """Return an exception of boto3 as an UpstreamError."""
         answer = getattr(error, "response", None) or {}
         metadata, problem = answer.get("ResponseMetadata", {}), answer.get("Error", {})
-        status, headers = (
-            metadata.get("HTTPStatusCode", 0),
-            metadata.get("HTTPHeaders", {}),
-        )
+        status = metadata.get("HTTPStatusCode", 0)
+        headers = metadata.get("HTTPHeaders", {})
         cause = str(problem.get("Code") or status or type(error).__name__)
         self.date = headers.get("date")
         # Why, of a botocore exception.
