@@ -151,7 +151,7 @@ count = partial(partial, number, {"": 1})
 
 # A secret is never shown, and NAME_file may name a file that holds it. Each comment is also in
 # ts3d.conf.
-Option = namedtuple("Option", "section name parse default secret", defaults=[False])
+Option = namedtuple("Option", "section name parse default secret", defaults=[None, False])
 ROWS: tuple[tuple[Any, ...], ...] = (
     ("server.listen", address, "127.0.0.1:8080"),  # HOST:PORT or [::1]:PORT to listen on
     ("server.webhook_token", token, None, True),  # secret that a webhook must present
@@ -161,20 +161,20 @@ ROWS: tuple[tuple[Any, ...], ...] = (
     ("server.request_timeout", seconds(0.1, 3600), "10"),  # seconds for one request
     ("server.keepalive_timeout", seconds(0.1, 86400), "5m"),  # seconds kept idle
     ("server.max_connections", count(1, 65536), "1024"),  # connections held at once
-    ("server.tls_certificate", str, None),  # PEM file: the certificate chain for HTTPS
-    ("server.tls_key", str, None),  # PEM file: the certificate's private key
+    ("server.tls_certificate", str),  # PEM file: the certificate chain for HTTPS
+    ("server.tls_key", str),  # PEM file: the certificate's private key
     ("threatstack.auth", auth, "key"),  # API v1 or v2
-    ("threatstack.base_url", url, None),  # the API's URL; the default depends on auth
+    ("threatstack.base_url", url),  # the API's URL; the default depends on auth
     ("threatstack.api_key", word, None, True),  # the API key
     ("threatstack.user_id", word, None, True),  # Hawk's id
-    ("threatstack.organization_id", word, None),  # Hawk's ext, or Organization header
+    ("threatstack.organization_id", word),  # Hawk's ext, or Organization header
     ("threatstack.events", boolean, "yes"),  # with Hawk, archive contributing events too
     ("threatstack.timeout", seconds(0.1, 3600), "30"),  # seconds for one call
-    ("s3.bucket", bucket_name, None),  # the bucket
+    ("s3.bucket", bucket_name),  # the bucket
     ("s3.prefix", key_prefix, ""),  # prefix of every key
-    ("s3.region", word, None),  # AWS region; by default boto3's
-    ("s3.endpoint_url", url, None),  # S3 endpoint; by default boto3's
-    ("queue.path", str, None),  # the SQLite file
+    ("s3.region", word),  # AWS region; by default boto3's
+    ("s3.endpoint_url", url),  # S3 endpoint; by default boto3's
+    ("queue.path", str),  # the SQLite file
     ("queue.max_size", size(1, 1 << 50), "1G"),  # bytes of queued alerts
     ("archive.workers", count(0, 1024), "16"),  # alerts archived at once
     ("archive.give_up_after", seconds(0.0, 10**9), "7d"),  # time an alert may fail
@@ -1372,9 +1372,8 @@ class CircuitBreaker:
         self.config = config
         self.date: str | None = None  # HTTP's Date of the last answer
         self.error = partial(UpstreamError, self.name)
-        self.open_for: UpstreamError | None = (
-            None  # the error that opened it; None: closed
-        )
+        # The error that opened it; None while it is closed.
+        self.open_for: UpstreamError | None = None
         # Times of the monotonic clock.
         self.probe_at = self.worked_at = self._retry_at = 0.0
         self._opened_at = 0.0  # 0: closed
