@@ -48,6 +48,16 @@ def entry(alert_id, milliseconds, version=2):
     return milliseconds, literal % (alert_id.encode(), when.replace("+00:00", "Z").encode())
 
 
+def s3_error(status, code, text="because", headers=(), **members):
+    """A mode: S3's own error. https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html"""
+    more = "".join(f"<{name}>{value}</{name}>" for name, value in members.items())
+    body = (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        f"<Error><Code>{code}</Code><Message>{text}</Message>{more}<RequestId>4442587FB7D0A2F9</RequestId></Error>"
+    ).encode()
+    return lambda handler: handler.send(status, body, [("Content-Type", "application/xml"), *headers])
+
+
 class Faulty(ThreadingHTTPServer):
     """A server that, while `mode` is set, fails: a status, "hang", "garbage", "reset", or a function of the handler."""
 
