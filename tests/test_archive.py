@@ -49,11 +49,6 @@ def test_a_batch_of_25(daemon, s3, api):
         assert s3.objects()[f"alerts/{a['id'][:2]}/{a['id'][2:4]}/{a['id']}"] == threatstack.detail(a["id"])
 
 
-def test_nothing_to_do(daemon, s3):
-    assert daemon.post({"alerts": []}) == (200, {"success": True, "alerts": []})
-    assert s3.objects() == {}
-
-
 def test_the_same_alert_twice_is_one_job(daemon, s3, api):
     body = {"alerts": [alert(1), alert(1), alert(1, severity=2)]}
     assert [a["state"] for a in daemon.post(body)[1]["alerts"]] == ["archived"] * 3

@@ -158,10 +158,10 @@ def test_an_unavailable_upstream_is_probed_by_one_and_logged_once(new_daemon, ap
     server.mode = None
     until(lambda: len(bucket.objects) == 200)
     until(lambda: daemon.health()["queued"] == 0)
-    [begin, end] = re.findall(".*(?:unavailable|recovered).*", daemon.log())
+    [begin, end] = re.findall(" WARNING (?:s3|threatstack) (?:unavailable|recovered).*", daemon.log())
     title = {"s3": "S3", "threatstack": "Threat Stack"}[upstream]
-    assert re.search(f" WARNING {upstream} unavailable: {title}: .*{mode}", begin)
-    assert re.search(f" WARNING {upstream} recovered after [0-9]+ s$", end)
+    assert re.match(f" WARNING {upstream} unavailable: {title}: .*{mode}", begin)
+    assert re.fullmatch(f" WARNING {upstream} recovered after [0-9]+ s", end)
     assert daemon.log().count("will be retried") < 20
 
 
