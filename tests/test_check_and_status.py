@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sqlite3
-import ssl
 import subprocess
 import threading
 import time
@@ -20,20 +19,7 @@ import boto3
 import pytest
 import threatstack
 import trustme
-from conftest import (
-    AWS,
-    BUCKET,
-    CREDENTIALS,
-    TOKEN,
-    Daemon,
-    alert,
-    aws_client,
-    fill,
-    free_port,
-    keys_of,
-    listening,
-    until,
-)
+from conftest import AWS, BUCKET, CREDENTIALS, TOKEN, Daemon, alert, aws_client, fill, free_port, listening, until
 from threatstack import s3_error
 
 import ts3d
@@ -169,7 +155,7 @@ def s3_down(world):
     world.s3.start()
 
 
-def threat_stack_down(world):
+def api_down(world):
     world.api.stop()
     yield
     world.api.__init__(world.api.port)
@@ -219,36 +205,19 @@ class Fault(NamedTuple):
     queued: int = 2  # of two alerts, in the end
 
 
-KEY_IS_WRONG = ("401", "[threatstack] api_key", "auth = hawk")
+SIGNATURE, WRONG = "SignatureDoesNotMatch", ("401", "[threatstack] api_key", "auth = hawk")
 NO_SUCH_BUCKET = ("bucket elsewhere ", "NoSuchBucket", "[s3] bucket")
 CLOCK, HAWKS_ERROR = ("Threat Stack", "ntp"), "threatstack_(clock|unauthorized)"
 FAULTS = [
     Fault(
-        "wrong key",
-        option("threatstack__api_key", "another"),
-        "threatstack",
-        KEY_IS_WRONG,
-        "threatstack_unauthorized",
-        KEY_IS_WRONG,
+        "wrong key", option("threatstack__api_key", "another"), "threatstack", WRONG, "threatstack_unauthorized", WRONG
     ),
-    Fault(
-        "wrong AWS key",
-        wrong_secret,
-        "s3",
-        ("credentials", "SignatureDoesNotMatch"),
-        "s3_SignatureDoesNotMatch",
-        ("credentials",),
-    ),
+    Fault("wrong AWS key", wrong_secret, "s3", ("credentials", SIGNATURE), f"s3_{SIGNATURE}", ("credentials",)),
     Fault("wrong bucket", option("s3__bucket", "elsewhere"), "s3", NO_SUCH_BUCKET, "s3_NoSuchBucket", NO_SUCH_BUCKET),
     Fault("no permission", no_permission, "s3", ("s3:PutObject", "evidence"), "s3_AccessDenied", ("s3:PutObject",)),
     Fault("S3 down", s3_down, "s3", ("http://127.0.0.1:",), "s3_EndpointConnectionError", ("127.0.0.1:",)),
     Fault(
-        "Threat Stack down",
-        threat_stack_down,
-        "threatstack",
-        ("http://127.0.0.1:", "refused"),
-        "threatstack_unreachable",
-        ("refused",),
+        "API down", api_down, "threatstack", ("http://127.0.0.1:", "refused"), "threatstack_unreachable", ("refused",)
     ),
     Fault("rate limited", rate_limited, "threatstack", ("429",), "threatstack_rate_limited", ("429",)),
     Fault("disk full", disk_full, "queue", ("16M",), "queue_full|disk_full", ("16M",), posted=503, queued=0),
@@ -399,7 +368,7 @@ def test_what_s3_refuses(checked_here, bucket, says, answer, options):
 
 
 HAWK = threatstack.HAWK
-KEY, HAWKS, URL = KEY_IS_WRONG, ("401", "user_id", "api_key", "organization_id", "clock"), ("[threatstack] base_url",)
+KEY, HAWKS, URL = WRONG, ("401", "user_id", "api_key", "organization_id", "clock"), ("[threatstack] base_url",)
 
 
 @pytest.mark.parametrize(
@@ -697,10 +666,9 @@ def test_an_instances_role_that_a_proxy_hides(new_daemon, new_proxy):
 def test_an_upstreams_certificate(checked_here, api, bucket, certificate, tmp_path, upstream, days, says):
     """One that has expired, one for another name, and one of a private authority: where its certificate belongs."""
     server = api if upstream == "threatstack" else bucket
-    server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ca = certificate.authority if days != 0 else trustme.CA()
     last = datetime.now(UTC) + DAY * (days or 1)
-    ca.issue_cert("elsewhere.example" if days is None else "127.0.0.1", not_after=last).configure_cert(server.tls)
+    server.speak_tls(ca.issue_cert("elsewhere.example" if days is None else "127.0.0.1", not_after=last))
     options = {"threatstack__base_url": f"{api.url}/api/v1", "s3__endpoint_url": bucket.url}
     for name, url in options.items():
         options[name] = url.replace("http:", "https:") if server.url in url else url
@@ -720,8 +688,7 @@ def test_a_bundle_of_certificates_that_cannot_be_read(checked_here, api, bucket,
         file.write_text(content)
     options = {"threatstack__base_url": f"{api.url}/api/v1", "s3__endpoint_url": bucket.url}
     for server, name in (api, "threatstack__base_url"), (bucket, "s3__endpoint_url"):
-        server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        trustme.CA().issue_cert("127.0.0.1").configure_cert(server.tls)
+        server.speak_tls(trustme.CA().issue_cert("127.0.0.1"))
         options[name] = options[name].replace("http:", "https:")
     wrong, _ = checked_here(options, **{variable: str(file)})
     text = wrong["threatstack" if variable == "SSL_CERT_FILE" else "s3"]
@@ -1036,7 +1003,7 @@ def test_retry_without_a_daemon(new_daemon, s3, api):
     api.modes.clear()
     daemon.start()
     settled(daemon)
-    assert set(s3.objects()) == set(keys_of("alert-000000", "2017/01/17/13/51"))
+    assert set(s3.objects()) == {"alerts/al/er/alert-000000", "webhooks/2017/01/17/13/51/alert-000000"}
 
 
 def test_ids_that_have_not_failed(new_daemon, api):

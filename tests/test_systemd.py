@@ -33,12 +33,8 @@ def active(machine):
 
 
 def test_manual_reference_and_rules_are_installed(machine):
-    assert machine.run("ls /usr/local/lib/ts3d").stdout.split() == [
-        "README.md",
-        "ts3d.conf",
-        "ts3d.py",
-        "ts3d.rules.yml",
-    ]
+    files = machine.run("ls /usr/local/lib/ts3d").stdout.split()
+    assert files == ["README.md", "ts3d.conf", "ts3d.py", "ts3d.rules.yml"]
     for unit in UNITS.split():
         name = machine.show(unit, "Documentation")
         assert machine.path(name.removeprefix("file:")).read_text() == (ROOT / "README.md").read_text()

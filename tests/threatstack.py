@@ -7,6 +7,7 @@ By hand: `python tests/threatstack.py PORT [ID …]`; its list has these, as of 
 import contextlib
 import json
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -67,7 +68,7 @@ class Faulty(ThreadingHTTPServer):
 
     def __init__(self, port=0, mode=None):
         self.mode = mode
-        self.tls = None  # an ssl.SSLContext
+        self.tls = None
         self.objects = {}  # bodies by path
         self.modes = {}  # by alert
         self.calls = []  # (time, path, headers)
@@ -125,6 +126,11 @@ class Faulty(ThreadingHTTPServer):
         sock, address = super().get_request()
         self.connections.append(sock)
         return self.tls.wrap_socket(sock, server_side=True) if self.tls else sock, address
+
+    def speak_tls(self, certificate):
+        """With a certificate of trustme's."""
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate.configure_cert(self.tls)
 
     def handle_error(self, request, client_address):
         pass
