@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import BUCKET, CREDENTIALS, TOKEN, alert, until
@@ -111,18 +112,16 @@ def test_a_restart_under_load_refuses_and_resets_nothing(new_daemon, listener, s
                 errors.append(error)
             number += 10
 
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(10)]
-    for thread in threads:
-        thread.start()
-    for _ in range(2):
-        count = len(answers)
-        until(lambda count=count: len(answers) > count + 50)
-        assert daemon.stop() == 0
-        daemon.start()
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    with ThreadPoolExecutor(10) as pool:
+        clients = pool.map(client, range(10))
+        try:
+            for _ in range(2):
+                count = len(answers)
+                until(lambda count=count: len(answers) > count + 50)
+                daemon.restart()
+        finally:
+            done.set()
+    assert (list(clients), errors) == ([None] * 10, [])
     ids = {answer["alerts"][0]["id"] for answer in answers}
     until(lambda: len(s3.objects("alerts")) == len(ids), 60, "archive")
 

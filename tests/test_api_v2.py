@@ -126,13 +126,17 @@ def test_without_its_events_no_detail_is_written(v2, s3, api, answer):
     until(lambda: len(s3.objects()) == 3)
 
 
-def test_an_alert_without_events(v2, s3, api):
-    """The API has its detail, and answers 404 for its events: a warning says so."""
+@pytest.mark.parametrize(
+    ("answer", "says"), [((404, b""), "events"), ((200, b'{"events": [{}], "token": "next"}'), "more events")]
+)
+def test_events_that_the_api_does_not_give_are_said(v2, s3, api, answer, says):
+    """It answers 404 for them, or gives a token for the next page: there is no way to ask for that."""
     daemon = v2()
-    api.modes["events"] = 404
+    api.modes["events"] = lambda handler: handler.send(*answer)
     assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived"
-    assert set(s3.objects()) == objects_of(alert(0)["id"], MINUTE, "webhooks", "alerts")
-    assert daemon.logged("WARNING [^\n]*alert-000000[^\n]*events|WARNING [^\n]*events[^\n]*alert-000000")
+    kinds = ["webhooks", "alerts", *["events"] * (answer[0] == 200)]
+    assert set(s3.objects()) == objects_of(alert(0)["id"], MINUTE, *kinds)
+    assert daemon.logged(f"WARNING [^\n]*alert-000000[^\n]*{says}|WARNING [^\n]*{says}[^\n]*alert-000000")
 
 
 def test_events_are_not_missed_while_the_api_lags_behind(v2, s3, api):
@@ -215,14 +219,6 @@ def test_a_401_names_all_that_may_be_wrong(v2, api, ahead):
 def test_a_clock_that_is_wrong_by_less_than_a_minute(v2, s3, api):
     api.ahead = 50
     assert v2().post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived"
-
-
-def test_events_of_which_there_are_more_are_said(v2, api):
-    """The API gives a token for the next page; there is no way to ask for it."""
-    daemon = v2()
-    api.modes["events"] = lambda handler: handler.send(200, b'{"events": [{}], "token": "next"}')
-    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived"
-    assert daemon.logged("WARNING .*more events.*alert-000000|WARNING .*alert-000000.*more events")
 
 
 def test_check_asks_for_hawks_self_test(v2, s3, api):

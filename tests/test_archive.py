@@ -7,8 +7,8 @@ import re
 import shutil
 import signal
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import threatstack
@@ -164,16 +164,13 @@ def test_an_alert_is_in_one_place_whatever_is_configured_meanwhile(new_daemon, s
 def test_a_stopped_daemon_answers_what_it_has_and_keeps_what_it_took(new_daemon, s3, api, sig):
     daemon = new_daemon(server__wait="30", threatstack__timeout="30")
     api.mode = "hang"
-    answers = []
-    client = threading.Thread(target=lambda: answers.append(daemon.post(TUTORIAL)))
-    client.start()
-    until(lambda: api.calls)
-    daemon.process.send_signal(sig)
-    until(lambda: answers, 10, "answer")  # it does not wait for the call that hangs
-    client.join()
+    with ThreadPoolExecutor(1) as pool:
+        client = pool.submit(daemon.post, TUTORIAL)
+        until(lambda: api.calls)
+        daemon.process.send_signal(sig)
+        status, answer = client.result(10)  # it does not wait for the call that hangs
     assert daemon.process.wait(20) == 0
-    assert answers[0][0] == 200
-    assert answers[0][1]["alerts"][0]["state"] == "queued"
+    assert (status, answer["alerts"][0]["state"]) == (200, "queued")
     api.mode = None
     api.released.set()
     daemon.start()

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -789,16 +790,14 @@ def test_a_daemon_that_starts_while_status_looks_is_never_refused(new_daemon):
         while not done.is_set():
             ts3d.running(str(daemon.queue))
 
-    threads = [threading.Thread(target=look) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(5):
-            assert daemon.start().kill() < 0
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        looks = [pool.submit(look) for _ in range(4)]
+        try:
+            for _ in range(5):
+                assert daemon.start().kill() < 0
+        finally:
+            done.set()
+    assert [each.result() for each in looks] == [None] * 4
 
 
 def jobs(path, queued, failed, errors, text="because"):
