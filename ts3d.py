@@ -45,15 +45,16 @@ import socket
 import sqlite3
 import ssl
 import sys
+import textwrap
 import threading
 import time
 import traceback
 import urllib.error
 import urllib.request
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
@@ -1758,23 +1759,23 @@ class S3(CircuitBreaker):
             "map": json.loads,
         }
         extra: Json = {}
-        where = f"{self.config.file}: [{PUT_OBJECT}]"
         for name, text in self.config.put_object.items():
+            where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
             if name not in shape.members:
                 likely = nearest(name, shape.members)
-                raise ConfigError(f"{where} {name}: unknown to this boto3{likely}")
+                raise ConfigError(f"{where}: unknown to this boto3{likely}")
             kind = shape.members[name].type_name
             try:
                 refuse_quotes(text)
                 extra[name] = parsers.get(kind, str)(text)
+                whole = {"Bucket": "b", "Key": "k", name: extra[name]}
+                report = botocore.validate.ParamValidator().validate(whole, shape)
+                if report.has_errors():
+                    raise ValueError(" ".join(report.generate_report().split()))
             except ValueError as error:
                 raise ConfigError(
-                    f"{where} {name} = {text!r}: {error}. Its type is {kind}"
+                    f"{where} = {text!r}: {error}. Its type is {kind}"
                 ) from None
-        whole = {"Bucket": "b", "Key": "k"} | extra
-        report = botocore.validate.ParamValidator().validate(whole, shape)
-        if report.has_errors():
-            raise ConfigError(f"{where}: {report.generate_report()}")
         return extra
 
     def key(self, name: str) -> str:
@@ -1844,10 +1845,9 @@ class S3(CircuitBreaker):
         if cause == "NoSuchBucket":
             text = f"bucket {self.config.bucket} does not exist ({cause})"
         region = headers.get("x-amz-bucket-region") or problem.get("Region")
-        if region and self._client and region != self._client.meta.region_name:
+        if region and status in (301, 400):
             text += f". The bucket is in {region}: set [s3] region = {region}"
-        if status in (0, 403, 407):
-            text += proxy_of(self.endpoint)
+        text += proxy_of(self.endpoint)
         failure = self.error(cause, text, status, headers)
         if re.match(CREDENTIALS, failure.type):
             self._client = None  # botocore reads a credentials file only once
@@ -1907,7 +1907,7 @@ class Archiver:
     def __init__(self, config: Config, queue_: Queue) -> None:
         self.config, self.queue = config, queue_
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
-        self.upstreams: tuple[CircuitBreaker, ...] = (self.s3, self.threatstack)
+        self.upstreams = (self.s3, self.threatstack)
         n = config.workers
         self.pools = (
             Pool("store", ["store"], [self.s3], -(-n // 4), SimpleQueue()),
@@ -2706,9 +2706,8 @@ def url_of(sock: socket.socket, scheme: str) -> str:
 
 LONGEST_TURN = 20.0  # seconds of a thread's turn without a call of an upstream
 LONGEST_CALL = 600.0  # seconds of one with calls, beside Threat Stack's time-out
-PROGRESS_BY: dict[
-    str, float
-] = {}  # by thread: when it makes progress at the latest, monotonic
+# By thread: when it makes progress at the latest (monotonic clock).
+PROGRESS_BY: dict[str, float] = {}
 
 
 def expect_progress_within(limit: float) -> None:
@@ -2726,20 +2725,21 @@ def start_thread(name: str, target: Callable[..., None], *args: Any) -> Thread:
 def notify(text: str) -> None:
     """Tell systemd, if it started this process. Source: sd_notify(3)."""
     if target := environ.get("NOTIFY_SOCKET"):
+        address = re.sub("^@", "\0", target)  # @: an abstract address
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(
-                text.encode(), re.sub("^@", "\0", target)
-            )  # @: an abstract address
+            sock.sendto(text.encode(), address)
 
 
 # --------------------------------------------------------------------------------------------------
 # Commands
 # --------------------------------------------------------------------------------------------------
 
-STOP_WITHIN = 7.0  # seconds from SIGTERM for what is at work; a stop takes 10 at most
 BACKFILL_QUEUED = 1000  # queued alerts with which backfill waits
 BACKFILL_PATIENCE = 600.0  # seconds without progress after which backfill ends
-BACKFILL_OVERLAP, BACKFILL_FIRST = 3600.0, 86400.0  # seconds by which it goes back
+SUMMARY = (
+    "{listed} listed, {archived} archived already, {waiting} queued already, {queued} queued, "
+    "{invalid} invalid and not archived"
+)
 
 
 def require_upstreams(config: Config) -> None:
@@ -2756,6 +2756,11 @@ def require_upstreams(config: Config) -> None:
         environ.setdefault("AWS_CONFIG_FILE", file)
 
 
+def open_queue(config: Config) -> closing[Queue]:
+    """Return the queue, for a `with` statement. Raises ConfigError."""
+    return closing(Queue(config.path, config.max_size))
+
+
 def serve(config: Config) -> int:
     """Run the daemon, the default command: listen, queue, archive, until SIGTERM or SIGINT.
 
@@ -2769,21 +2774,17 @@ def serve(config: Config) -> int:
         signal.signal(number, lambda received, _: signals.append(received))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    # A connection takes a file, and so do the queue and calls.
+    config.max_connections = min(config.max_connections, files // 2)
     place = f"{config.endpoint_url} {config.bucket}/{config.prefix}"
     queue_ = Queue(config.path, config.max_size, place)
     archiver = Archiver(config, queue_)
-    # A connection takes a file, and so do calls.
-    limit = max(1, files - 64 - 3 * config.workers)
-    config.max_connections = min(config.max_connections, limit)
-    server, threads = Server(config, archiver), [queue_.writer]
-    listeners = listen(config)
-    for listener in listeners:
-        threads.append(
-            start_thread(f"acceptor-{listener.fileno()}", server.accept, listener)
-        )
-    urls = ",".join(url_of(sock, "https" if config.tls else "http") for sock in listeners)
-    archive = f"s3://{config.bucket}/{config.prefix}" if config.workers else "off"
-    info(f"ts3d {VERSION} listens on {urls}", queue=config.path, archive=archive)
+    server, threads, urls = Server(config, archiver), [queue_.writer], []
+    for sock in listen(config):
+        threads.append(start_thread(f"acceptor-{sock.fileno()}", server.accept, sock))
+        urls.append(url_of(sock, "https" if config.tls else "http"))
+    listening = f"ts3d {VERSION} listens on {','.join(urls)}"
+    info(listening, queue=config.path, bucket=config.bucket)
     if not config.webhook_token:
         warning("[server] webhook_token is not set: every local user can post alerts")
     notify("READY=1")  # before boto3 is imported, which takes longer than all the rest
@@ -2791,7 +2792,7 @@ def serve(config: Config) -> int:
     try:
         supervise(signals, queue_, archiver, threads + archiver.threads)
     finally:
-        deadline = monotonic() + STOP_WITHIN
+        deadline = monotonic() + 7  # a stop takes 10 s at most
         server.stopping = archiver.stopping = True
         archiver.stop_waiting()
         notify("STOPPING=1\nSTATUS=stopping")
@@ -2800,8 +2801,7 @@ def serve(config: Config) -> int:
             thread.join(1)  # an acceptor may have accepted one more connection
         server.stop(deadline)
         archiver.stop(deadline)
-        queue_.close(max(1.0, deadline - monotonic()))
-    info("stopped")
+        queue_.close(3)
     return 0
 
 
@@ -2810,14 +2810,13 @@ def supervise(
 ) -> None:
     """Watch the other threads until a signal ends the daemon. Raises what else ends it.
 
-    Source: sd_watchdog_enabled(3).
+    systemd ends it if it misses `WATCHDOG=1` for WatchdogSec=. Source: sd_watchdog_enabled(3).
     """
-    pause = min(2.0, float(environ.get("WATCHDOG_USEC") or "inf") / 4e6)
-    next_word, late_before = 0.0, ""
+    late_before: list[str] = []
     while True:
-        time.sleep(0.25)
+        time.sleep(0.5)
         while signals:
-            if signals.pop(0) != signal.SIGHUP:
+            if signals.pop() != signal.SIGHUP:
                 return
             warning("SIGHUP ignored: there is no reload. Use systemctl restart ts3d")
         for thread in threads:
@@ -2828,20 +2827,15 @@ def supervise(
         if fatal := queue_.fatal or archiver.fatal:
             raise fatal
         now = monotonic()
-        if now < next_word:
-            continue
-        next_word = now + pause
-        late = ",".join(
-            sorted(name for name, by in PROGRESS_BY.copy().items() if by < now)
-        )
+        late = [name for name, by in PROGRESS_BY.copy().items() if by < now]
         if late != late_before:
             log_error("threads without progress", threads=late)
         late_before = late
-        parts = [f"{queue_.facts['queued']} queued, {queue_.facts['failed']} failed"]
+        text = f"STATUS={queue_.facts['queued']} queued, {queue_.facts['failed']} failed"
         for error in (queue_.error, archiver.problem()):
             if error:
-                parts.append(printable(str(error)))
-        notify(f"STATUS={'; '.join(parts)}")
+                text += f"; {error}"
+        notify(text)
         if not late:
             notify("WATCHDOG=1")
 
@@ -2852,30 +2846,29 @@ def check(path: str) -> int:
     Example: ts3d check. Exit codes: 0 all is well, 1 a test failed, 2 wrong usage (other commands:
     78 wrong configuration).
     """
-    codes = []
+    if not passes("configuration", check_configuration, path):
+        return 1
+    config = load_config(path)
+    s3, threatstack = S3(config), ThreatStack(config)
+    tests = [
+        passes("listen", check_listen, config),
+        passes("queue", check_queue, config),
+        passes("credentials", s3.credentials),
+        passes("s3", s3.check),
+        passes("threatstack", threatstack.check),
+        passes("clock", lambda: check_clock(s3.date, threatstack.date)),
+    ]
+    return int(not all(tests))
 
-    def test(name: str, function: Callable[..., Any], *args: Any) -> Any:
-        try:
-            value = function(*args)
-            verdict, text = "ok", str(value)
-        except (
-            Exception
-        ) as error:  # one test that fails must not keep the others from running
-            verdict, text, value = "FAIL", explain(error), None
-        codes.append(int(verdict == "FAIL"))
-        print(f"{verdict:6}{name:14}{printable(text)}", flush=True)
-        return value
 
-    if test("configuration", check_configuration, path):
-        config = load_config(path)
-        s3, threatstack = S3(config), ThreatStack(config)
-        test("listen", check_listen, config)
-        test("queue", check_queue, config)
-        test("credentials", s3.credentials)
-        test("s3", s3.check)
-        test("threatstack", threatstack.check)
-        test("clock", check_clock, s3.date, threatstack.date)
-    return max(codes)
+def passes(name: str, test: Callable[..., str], *args: Any) -> bool:
+    """Return whether a test of `check` raises nothing. Prints its line."""
+    try:
+        verdict, text = "ok", test(*args)
+    except Exception as error:  # the other tests must run
+        verdict, text = "FAIL", explain(error)
+    print(f"{verdict:6}{name:14}{printable(text)}")
+    return verdict == "ok"
 
 
 def check_configuration(path: str) -> str:
@@ -2902,12 +2895,11 @@ def check_queue(config: Config) -> str:
             create_file(config.path).close()
             os.remove(config.path)
         except OSError as error:
-            where = f"[queue] path = {config.path}"
             raise ConfigError(
-                f"{where} cannot be written: {error}. Name another file"
+                f"[queue] path = {config.path} cannot be written: {error}. Name another file"
             ) from None
         return f"{config.path} can be created"
-    with closing(Queue(config.path, config.max_size)) as queue_:
+    with open_queue(config) as queue_:
         queue_.require_writable()
         return f"{config.path}: {queue_.facts['queued']} queued, {queue_.facts['failed']} failed"
 
@@ -2923,8 +2915,7 @@ def check_clock(*dates: str | None) -> str:
 
 def rfc_3339(moment: float) -> str:
     """Return a time in UTC, to the millisecond."""
-    text = datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
+    return datetime.fromtimestamp(moment, UTC).isoformat("T", "milliseconds")[:-6] + "Z"
 
 
 def status(config: Config, failed: bool, as_json: bool) -> int:
@@ -2933,56 +2924,55 @@ def status(config: Config, failed: bool, as_json: bool) -> int:
     Example: ts3d status --failed. Exit codes: 0 no problem, 1 a problem, 2 wrong usage, 78 wrong
     configuration.
     """
-    with closing(Queue(config.path, config.max_size)) as queue_:
-        problems = queue_.problems()
-        failures = queue_.failures() if failed else iter(())
-        if as_json:
-            facts = {"running": running(queue_.path), **queue_.facts, "causes": problems}
-            if failed:
-                facts["failures"] = list(failures)
-            print(dumps(facts), flush=True)
-        elif not failed:
-            show_status(queue_, problems)
-        for alert in failures:
-            error = alert["error"]
-            say(f"{alert['id']} received {alert['received']}, {alert['tries']} tries")
-            say(f"{error['type']}: {error['message']}", "    ")
-    return int(bool(problems))
+    with open_queue(config) as queue_:
+        causes, facts = queue_.problems(), queue_.facts
+        report: Json = {"running": running(config.path), **facts, "causes": causes}
+        if failed:
+            report["failures"] = list(queue_.failures())
+    if as_json:
+        print(dumps(report))
+    elif failed:
+        for alert in report["failures"]:
+            say("{id} received {received}, {tries} tries".format_map(alert))
+            say("    {type}: {message}".format_map(alert["error"]))
+    else:
+        show_status(report, config.path)
+    return int(bool(causes))
 
 
-def show_status(queue_: Queue, problems: list[Json]) -> None:
+def show_status(report: Json, path: str) -> None:
     """Print the status for people."""
-    queued, failed, age, size, limit, free = map(int, queue_.facts.values())
-    say(f"daemon   {'running' if running(queue_.path) else 'not running'}")
-    oldest = f", oldest {timedelta(seconds=age)}" if queued else ""
-    hint = (
-        ": `ts3d status --failed` lists them, `ts3d retry` retries them" if failed else ""
+    daemon = "running" if report["running"] else "not running"
+    age = timedelta(seconds=int(report["oldest_seconds"]))
+    oldest = f", oldest {age}" if report["queued"] else ""
+    hint = ": `ts3d status --failed` lists them, `ts3d retry` retries them"
+    hint = hint if report["failed"] else ""
+    say(f"daemon   {daemon}")
+    say(f"queued   {report['queued']}{oldest}")
+    say(f"failed   {report['failed']}{hint}")
+    size, limit, free = (
+        report["queue_bytes"],
+        report["max_bytes"],
+        report["disk_free_bytes"],
     )
-    say(f"queued   {queued}{oldest}")
-    say(f"failed   {failed}{hint}")
-    say(
-        f"disk     {size >> 20}M of {limit >> 20}M used, {free >> 20}M free: {queue_.path}"
-    )
-    say("\nCurrent problems:" if problems else "\nNo current problems.")
-    for problem in problems:
-        text = problem["type"]
-        if "since" in problem:
-            text = (
-                f"{text} since {problem['since']}: {problem['queued']} queued, "
-                f"{problem['failed']} failed, such as {problem['alert']}"
-            )
-        say(text)
-        say(problem["message"], "    ")
+    say(f"disk     {size >> 20}M of {limit >> 20}M used, {free >> 20}M free: {path}")
+    print("\nCurrent problems:" if report["causes"] else "\nNo current problems.")
+    for problem in report["causes"]:
+        text = "{type} since {since}: {queued} queued, {failed} failed, such as {alert}"
+        say(text.format_map(problem) if "since" in problem else problem["type"])
+        say(f"    {problem['message']}")
 
 
-def say(text: str, indent: str = "") -> None:
+def say(text: str) -> None:
     """Print for people, in lines of 79 columns that break between words."""
-    import textwrap  # here, for the daemon starts faster without it
-
-    wrapper = textwrap.TextWrapper(79, indent, indent or 9 * " ")
-    wrapper.break_on_hyphens = wrapper.break_long_words = False
-    for line in text.split("\n"):
-        print(wrapper.fill(printable(line)), flush=True)
+    text = textwrap.fill(
+        printable(text),
+        79,
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    print(text)
 
 
 def retry(config: Config, ids: list[str]) -> int:
@@ -2991,23 +2981,21 @@ def retry(config: Config, ids: list[str]) -> int:
     Example: ts3d retry 587c0159a907346eccb84004. Exit codes: 0 done, 1 a named alert has not
     failed, 2 wrong usage, 78 wrong configuration.
     """
-    with closing(Queue(config.path, config.max_size)) as queue_:
-        queued = {row[0] for row in queue_.read(Queue.QUEUED, dumps(ids))}
+    with open_queue(config) as queue_:
         counts = queue_.retry(dict.fromkeys(ids) or [""])
-    missing = [id_ for id_, n in counts.items() if id_ and not n]
-    for id_ in missing:
-        if id_ in queued:
-            print(f"{id_} has not failed: it is queued", flush=True)
-        else:
-            complain(f"there is no failed alert {id_}. List them: ts3d status --failed")
-    print(f"{sum(counts.values())} queued again", flush=True)
-    return int(not queued.issuperset(missing))
+    print(f"{sum(counts.values())} queued again")
+    missing = " ".join(id_ for id_ in ids if not counts[id_])
+    if missing:
+        raise QueueError(
+            f"there is no failed alert {missing}. List failed alerts: ts3d status --failed"
+        )
+    return 0
 
 
 def time_argument(text: str) -> float:
     """Return the seconds since the epoch of a time, date or age. Raises ArgumentTypeError."""
-    if match := fullmatch("([0-9]{1,12})([smhd])", text):
-        return max(0.0, time.time() - int(match[1]) * TIME[match[2]])
+    if match := fullmatch("([0-9]{1,5})([smhd])", text):
+        return time.time() - int(match[1]) * TIME[match[2]]
     try:
         if "-" not in text:
             raise ValueError("is not a time such as 2026-11-24T18:00:00Z")
@@ -3018,154 +3006,6 @@ def time_argument(text: str) -> float:
         ) from None
 
 
-class Backfill:
-    """One run of `ts3d backfill`: it lists alerts page by page, and queues those that S3 lacks.
-
-    What ends it loses nothing: what it queued is on disk, and the next run finds the rest.
-    """
-
-    def __init__(self, config: Config, since: float | None, until: float | None) -> None:
-        self.config, self.since = config, since
-        self.until = min(until or math.inf, time.time())  # one end for all pages
-        self.threatstack, self.s3 = ThreatStack(config), S3(config)
-        self.listed = self.archived = self.waiting = self.queued = self.invalid = 0
-        self.progress_at = monotonic()
-        self.problem: Exception | None = None
-        self.ended = threading.Event()
-
-    def __str__(self) -> str:
-        """Return what was done so far."""
-        return (
-            f"{self.listed} listed, {self.archived} archived already, {self.waiting} queued "
-            f"already, {self.queued} queued, {self.invalid} invalid and not archived"
-        )
-
-    def run(self) -> None:
-        """Do it. Raises ArgumentTypeError, ConfigError, QueueError, UpstreamError."""
-        with (
-            closing(Queue(self.config.path, self.config.max_size)) as self.queue,
-            ThreadPoolExecutor(8) as pool,
-        ):
-            since = self.since
-            if since is None:
-                since = self.until - BACKFILL_FIRST
-                done = self.insist(self.queue.backfilled)
-                if 0 < done <= time.time():  # else it was noted by a clock that was wrong
-                    since = done - BACKFILL_OVERLAP
-            if since >= self.until:
-                text = f"--from {rfc_3339(since)} is not before --until {rfc_3339(self.until)}"
-                raise ArgumentTypeError(text)
-            for page in self.pages(rfc_3339(since), rfc_3339(self.until)):
-                self.queue_missing(self.read_page(page), pool)
-            if self.since is None:
-                self.insist(self.queue.backfilled, self.until)
-
-    def insist(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return what `function` returns; after a failure that may pass, call it again.
-
-        Raises UpstreamError, QueueError.
-        """
-        for tries in itertools.count():
-            try:
-                result = function(*args)
-                self.progress_at = monotonic()
-                return result
-            except (UpstreamError, QueueError) as error:
-                status = getattr(error, "status", 0)
-                lasts = 300 <= status < 500 and status not in (408, 429)
-                if lasts or re.match(CREDENTIALS, error.type):
-                    self.problem = error
-                    self.ended.set()
-                    raise
-                self.pause(
-                    getattr(error, "retry_after", 0) or backoff(tries, 0, 30), error
-                )
-
-    def pause(self, wait: float, reason: Exception) -> None:
-        """Wait. Raises `reason` if there was no progress for too long."""
-        if monotonic() + wait - self.progress_at > BACKFILL_PATIENCE:
-            raise reason
-        self.show(f"; waiting: {reason}")
-        if self.ended.wait(
-            wait
-        ):  # another of the calls that run side by side has failed for good
-            raise self.problem or reason
-
-    def show(self, more: str = "") -> None:
-        """Show the progress on a terminal."""
-        if sys.stderr.isatty():
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            text = printable(f"{self}{more}")[: width - 1]
-            print(f"\x1b[K{text}\r", end="", file=sys.stderr, flush=True)
-
-    def pages(self, since: str, until: str) -> Iterator[str]:
-        """Yield the list of alerts, page by page, as a JSON list. Raises UpstreamError."""
-        queries: list[Json] = [{"start": since, "end": until, "count": 100, "page": 0}]
-        if self.config.auth == "hawk":
-            # In this order: an alert that is dismissed meanwhile is in the second list.
-            kinds = ("active", "dismissed")
-            queries = [{"status": kind, "from": since, "until": until} for kind in kinds]
-        for query in queries:
-            seen = set()  # a list that repeats a page has no end
-            more = True
-            while more:
-                path = f"/alerts?{urlencode(query)}"
-                page, token = self.insist(self.threatstack.list, path)
-                if (page, token) in seen:
-                    raise self.threatstack.error(
-                        "bad_answer", "the list of alerts has no end", 200
-                    )
-                seen.add((page, token))
-                if page != "[]":
-                    yield page
-                more = bool(token) or ("page" in query and page != "[]")
-                if "page" in query:
-                    query["page"] += 1
-                else:
-                    query["token"] = token
-
-    def queue_missing(self, found: dict[str, Job], pool: ThreadPoolExecutor) -> None:
-        """Queue those of a page's alerts that S3 lacks. Raises QueueError, UpstreamError."""
-        before = 0.0
-        while self.queue.facts["queued"] >= BACKFILL_QUEUED:
-            if self.queue.facts["queued"] != before:
-                before, self.progress_at = self.queue.facts["queued"], monotonic()
-            self.pause(
-                1, QueueError(f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status")
-            )
-        # In this order: an alert that leaves the queue in between is in S3.
-        rows = self.insist(self.queue.read, Queue.QUEUED, dumps(list(found)))
-        waiting = {row[0] for row in rows}
-        rest = [job for job in found.values() if job.id not in waiting]
-        names = [name_of("alerts", job) for job in rest]
-        exist = pool.map(self.insist, itertools.repeat(self.s3.exists), names)
-        missing = [job for job, there in zip(rest, exist, strict=True) if not there]
-        if missing:
-            self.insist(self.queue.put, missing)
-        self.waiting += len(waiting)
-        self.archived += len(rest) - len(missing)
-        self.queued += len(missing)
-        self.show()
-
-    def read_page(self, page: str) -> dict[str, Job]:
-        """Return the jobs of a page's alerts, by id."""
-        found = {}
-        time_name = "createdAt" if self.config.auth == "hawk" else "created_at"
-        for i, (_, value, literal) in enumerate(literals(page)):
-            alert = read_alert(literal, value, f"alerts[{i}]", time_name, "backfill")
-            self.listed += 1
-            if isinstance(alert, Malformed):
-                log_error("backfill: invalid alert", id=alert.id, error=alert)
-                if not ALERT_ID.fullmatch(alert.id or ""):
-                    self.invalid += 1
-                    continue
-                # The time is only for the key, and the API has this alert's detail.
-                minute, body = minute_of(self.until), literal.encode()
-                alert = Job(str(alert.id), minute, "backfill", "backfill", body)
-            found[alert.id] = alert
-        return found
-
-
 def backfill(config: Config, since: float | None, until: float | None) -> int:
     """Queue alerts of a time range that the Threat Stack API lists and S3 lacks.
 
@@ -3173,33 +3013,133 @@ def backfill(config: Config, since: float | None, until: float | None) -> int:
     configuration, 130 stopped.
     """
     require_upstreams(config)
+    # What ends a run loses nothing: what it queued is on disk, and the next run finds the rest.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run, how = Backfill(config, since, until), " failed"
+    threatstack, s3, counts, how = (
+        ThreatStack(config),
+        S3(config),
+        Counter[str](),
+        " failed",
+    )
+    now = time.time()
+    begin, end = since, min(until or now, now)  # one end for all pages
     try:
-        run.run()
+        with open_queue(config) as queue_:
+            if begin is None:
+                done = queue_.backfilled()
+                # A time in the future was noted by a clock that was wrong.
+                begin = done - 3600 if 0 < done <= now else end - 86400
+            if begin >= end:
+                raise ArgumentTypeError(
+                    f"--from {rfc_3339(begin)} is not before --until {rfc_3339(end)}"
+                )
+            for page in list_pages(threatstack, rfc_3339(begin), rfc_3339(end)):
+                wait_for_room(queue_)
+                queue_missing(page, queue_, s3, counts)
+                show_progress(SUMMARY.format_map(counts))
+            if since is None:
+                queue_.backfilled(end)
         how = ""
     finally:
-        print(
-            "\x1b[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True
-        )
-        print(f"backfill{how}: {run}", flush=True)
-    return int(run.invalid > 0)
+        show_progress("")
+        summary = SUMMARY.format_map(counts)
+        print(f"backfill{how}: {summary}")
+    return min(counts["invalid"], 1)
 
 
-def complain(text: str) -> None:
-    """Print an error in one line, and show it in `systemctl status`."""
-    line = printable(text)
-    notify(f"STATUS={line}")
-    print(f"{'<3>' if in_journal() else ''}ts3d: {line}", file=sys.stderr, flush=True)
+def list_pages(threatstack: ThreatStack, since: str, until: str) -> Iterator[str]:
+    """Yield the list of alerts, page by page, as a JSON list. Raises UpstreamError."""
+    hawk = threatstack.config.auth == "hawk"
+    lists = [f"/alerts?start={since}&end={until}&count=100"]
+    if hawk:
+        # In this order: an alert that is dismissed meanwhile is in the second list.
+        kinds = ("active", "dismissed")
+        lists = [f"/alerts?status={kind}&from={since}&until={until}" for kind in kinds]
+    for path in lists:
+        answer, more = ("", ""), ""
+        for number in itertools.count(1):
+            before, answer = answer, insist(threatstack.list, path + more)
+            if answer == before:
+                raise threatstack.error(
+                    "bad_answer", "the list of alerts has no end", 200
+                )
+            page, token = answer
+            yield page
+            if not token and (hawk or page == "[]"):
+                break
+            more = f"&token={quote(token)}" if hawk else f"&page={number}"
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
-    "serve": serve,
-    "check": check,
-    "status": status,
-    "retry": retry,
-    "backfill": backfill,
-}
+def insist(call: Callable[[str], Any], name: str) -> Any:
+    """Call an upstream until it answers; return the answer. Raises UpstreamError.
+
+    An error that no retry can help is raised at once, any other after BACKFILL_PATIENCE.
+    """
+    deadline = monotonic() + BACKFILL_PATIENCE
+    for tries in itertools.count():
+        try:
+            return call(name)
+        except UpstreamError as error:
+            pause = error.retry_after or backoff(tries, 0, 30)
+            # botocore follows a redirect that names no region until the stack is used up.
+            lasts = re.match(f"{CREDENTIALS}|s3_RecursionError", error.type)
+            refused = 300 <= error.status < 500 and error.status not in (408, 429)
+            if lasts or refused or monotonic() + pause > deadline:
+                raise
+            show_progress(f"waiting: {error}")
+            time.sleep(pause)
+
+
+def wait_for_room(queue_: Queue) -> None:
+    """Wait while BACKFILL_QUEUED alerts are queued. Raises QueueError if their number stays."""
+    while (queued := queue_.facts["queued"]) >= BACKFILL_QUEUED:
+        deadline = monotonic() + BACKFILL_PATIENCE
+        while queue_.facts["queued"] == queued:
+            if monotonic() > deadline:
+                raise QueueError(
+                    f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status"
+                )
+            time.sleep(1)
+
+
+def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> None:
+    """Queue those of a page's alerts that S3 lacks. Raises QueueError, UpstreamError."""
+    jobs = {}
+    time_name = "createdAt" if s3.config.auth == "hawk" else "created_at"
+    for _, value, literal in literals(page):
+        counts["listed"] += 1
+        place = f"alerts[{counts['listed']}]"
+        job = read_alert(literal, value, place, time_name, "backfill")
+        if isinstance(job, Malformed):
+            log_error("backfill: invalid alert", id=job.id, error=job)
+            # The time is only for the key, and the API has this alert's detail.
+            minute = minute_of(time.time())
+            job = Job(job.id or "", minute, "backfill", "backfill", literal.encode())
+        if ALERT_ID.fullmatch(job.id):
+            jobs[job.id] = job
+        else:
+            counts["invalid"] += 1
+    # In this order: an alert that leaves the queue in between is in S3.
+    queued = {row[0] for row in queue_.read(Queue.QUEUED, dumps(list(jobs)))}
+    missing = []
+    for id_, job in jobs.items():
+        if id_ in queued:
+            counts["waiting"] += 1
+        elif insist(s3.exists, name_of("alerts", job)):
+            counts["archived"] += 1
+        else:
+            missing.append(job)
+    queue_.put(missing)
+    counts["queued"] += len(missing)
+
+
+def show_progress(text: str) -> None:
+    """Show the progress on a terminal, in one line that the next text replaces."""
+    if sys.stderr and sys.stderr.isatty():
+        print(f"\r\x1b[K{printable(text)[:79]}", end="\r", file=sys.stderr)
+
+
+COMMANDS = (serve, check, status, retry, backfill)
 
 
 def parse_arguments(arguments: list[str] | None) -> Json:
@@ -3207,33 +3147,36 @@ def parse_arguments(arguments: list[str] | None) -> Json:
     option = ArgumentParser(add_help=False)  # before the command and after it
     text = f"configuration file; default: {CONFIG_FILES[0]}, else ts3d.conf beside the program"
     option.add_argument("-c", "--config", metavar="FILE", default=SUPPRESS, help=text)
-    text = "Archives Threat Stack's alerts in AWS S3."
-    codes = "Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration."
-    codes += " Example: ts3d check"
-    parser = ArgumentParser("ts3d", description=text, epilog=codes, parents=[option])
-    parser.add_argument("--version", action="store_true", help="print versions and exit")
-    parsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    add_argument = {}
-    for name, function in COMMANDS.items():
-        text = str(function.__doc__)
+    text = "Archives Threat Stack's alerts in AWS S3. "
+    text += "Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration."
+    parser = ArgumentParser("ts3d", description=text, parents=[option])
+    parser.set_defaults(run=serve)
+    boto3 = "missing"
+    with suppress(importlib.metadata.PackageNotFoundError):
+        boto3 = importlib.metadata.version("boto3")
+    text = f"ts3d {VERSION}, boto3 {boto3}, SQLite {sqlite3.sqlite_version}, Python {sys.version}"
+    parser.add_argument("--version", action="version", version=text)
+    parsers = parser.add_subparsers(metavar="COMMAND")
+    for run in COMMANDS:
+        text = str(run.__doc__)
         command = parsers.add_parser(
-            name, parents=[option], help=text.split(".")[0], description=text
+            run.__name__, parents=[option], help=text.split(".")[0], description=text
         )
-        add_argument[name] = command.add_argument
-    add_argument["status"](
-        "--failed", action="store_true", help="list failed alerts and errors"
-    )
-    add_argument["status"](
-        "--json", dest="as_json", action="store_true", help="print JSON"
-    )
-    add_argument["retry"](
-        "ids", metavar="ID", nargs="*", help="default: all failed alerts"
-    )
-    text = "a time (RFC 3339), a date (UTC) or an age such as 2h; default: "
-    last = "an hour before the end of the last complete run, at first 24 hours ago"
-    fill = partial(add_argument["backfill"], metavar="T", type=time_argument)
-    fill("--from", dest="since", help=text + last)
-    fill("--until", help=text + "now")
+        command.set_defaults(run=run)
+        add = command.add_argument
+        if run is status:
+            add("--failed", action="store_true", help="list failed alerts and errors")
+            add("--json", dest="as_json", action="store_true", help="print JSON")
+        if run is retry:
+            add("ids", metavar="ID", nargs="*", help="default: all failed alerts")
+        if run is backfill:
+            add = partial(add, metavar="T", type=time_argument)
+            text = "a time (RFC 3339), a date (UTC) or an age such as 2h; default: "
+            last = (
+                "an hour before the end of the last complete run, at first 24 hours ago"
+            )
+            add("--from", dest="since", help=text + last)
+            add("--until", help=text + "now")
     return vars(parser.parse_args(arguments))
 
 
@@ -3241,37 +3184,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command that the arguments name; return its exit code."""
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass  # else the next file that is opened would take the place of, say, standard error
-    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # upstreams' texts may exceed the locale
-        sys.stdout.reconfigure(errors="backslashreplace")
-    chosen = parse_arguments(arguments)
-    if chosen.pop("version"):
-        boto3 = "missing"
-        with suppress(importlib.metadata.PackageNotFoundError):
-            boto3 = importlib.metadata.version("boto3")
-        python = sys.version.split()[0]
-        print(
-            f"ts3d {VERSION} (Python {python}, boto3 {boto3}, SQLite {sqlite3.sqlite_version})"
+    with suppress(AttributeError):  # upstreams' texts may exceed the locale
+        sys.stdout.reconfigure(  # type: ignore[union-attr]
+            errors="backslashreplace", line_buffering=True
         )
-        return 0
-    command = chosen.pop("command") or "serve"
-    path = chosen.pop("config", None) or next(
-        filter(exists, CONFIG_FILES), CONFIG_FILES[1]
-    )
+    chosen = parse_arguments(arguments)
+    run = chosen.pop("run")
+    path = chosen.pop("config", next(filter(exists, CONFIG_FILES), CONFIG_FILES[1]))
     try:
-        if command == "check":
+        if run == check:
             return check(path)
         config = load_config(path)
         start_log(config.level)
-        return COMMANDS[command](config, **chosen)
+        return int(run(config, **chosen))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `ts3d status | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains of it at exit
-        return 1
+        os._exit(1)  # at an orderly exit Python would complain of it
     except Exception as error:  # a bug too: a traceback is no use to an administrator
-        complain(explain(error))
+        line, priority = printable(explain(error)), "<3>" if in_journal() else ""
+        notify(f"STATUS={line}")
+        print(f"{priority}ts3d: {line}", file=sys.stderr)
         return {ConfigError: 78, ArgumentTypeError: 2}.get(type(error), 1)
 
 

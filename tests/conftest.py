@@ -32,7 +32,7 @@ aws_secret_access_key = {AWS["AWS_SECRET_ACCESS_KEY"]}
 TUTORIAL_ID = "587c0159a907346eccb84004"
 
 
-def until(condition, seconds=20, what="that"):
+def until(condition, seconds=60, what="that"):
     """Wait for `condition` to return something true, and return it."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -494,7 +494,8 @@ threading.Condition.wait = lambda self, timeout=None: wait(self, timeout if time
 class Clock:
     """A daemon's clocks and pauses, `speed` times as fast, not its sockets'; the wall clock `jump` seconds ahead."""
 
-    HOURS = {"server__request_timeout": "1h", "threatstack__timeout": "1h"}  # short enough at some speed
+    # Long enough at any speed.
+    HOURS = {"server__request_timeout": "1h", "threatstack__timeout": "1h", "server__keepalive_timeout": "24h"}
 
     def __init__(self, folder):
         self.folder = folder

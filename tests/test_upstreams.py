@@ -655,8 +655,8 @@ def test_hostile_answers_are_parsed_one_at_a_time(new_daemon, s3, api, source):
             together.wait(5)
         handler.send(200, start + b"[]," * (((8 << 20) - len(start) - 4) // 3) + b"[]]}")
 
-    names = [alert(n)["id"] for n in range(24)] if source == "details" else ["events"]
+    names = [alert(n)["id"] for n in range(12)] if source == "details" else ["events"]
     api.modes = dict.fromkeys(names, answer)
-    daemon.post({"alerts": [alert(n) for n in range(24)]})
-    until(lambda: len(s3.objects("alerts/")) == 24, 90, "details")
+    daemon.post({"alerts": [alert(n) for n in range(12)]})
+    until(lambda: len(s3.objects("alerts/")) == 12, 150, "details")
     assert peak_memory(daemon) < 800 << 20  # the unit's MemoryMax is 1G
