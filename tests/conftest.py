@@ -15,22 +15,20 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import boto3
 import pytest
 import trustme
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import threatstack
+from demo import AWS, BUCKET, KEY_PAIR, TOKEN, environment, free_port
 
 ROOT = Path(__file__).parent.parent
 TS3D = ROOT / "ts3d.py"
-BUCKET = "evidence"
-TOKEN = "open-sesame-open-sesame"
-AWS = {
-    "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
-    "AWS_SECRET_ACCESS_KEY": "aws-secret-access-key",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
+CREDENTIALS = f"""\
+aws_access_key_id = {AWS["AWS_ACCESS_KEY_ID"]}
+aws_secret_access_key = {AWS["AWS_SECRET_ACCESS_KEY"]}
+"""
 TUTORIAL_ID = "587c0159a907346eccb84004"
 
 
@@ -43,23 +41,10 @@ def until(condition, seconds=60, what="that"):
     return value
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 def listening(port):
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True
     return False
-
-
-def environment(**more):
-    """The environment of what is started: nothing of this shell's AWS or ts3d settings."""
-    names = ("AWS_", "TS_AWS_", "THREATSTACK_", "CREDENTIALS_", "STATE_DIR", "JOURNAL_", "http", "HTTP")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
-    return {**kept, **AWS, **{name: str(value) for name, value in more.items()}}
 
 
 def readme(section, language, number=0):
@@ -88,18 +73,9 @@ class Rclone:
         return shutil.which("rclone", path=str(Path(sys.executable).parent)) or "rclone"
 
     def start(self):
-        key = f"{AWS['AWS_ACCESS_KEY_ID']},{AWS['AWS_SECRET_ACCESS_KEY']}"
-        command = [
-            self.binary(),
-            "serve",
-            "s3",
-            "--auth-key",
-            key,
-            "--addr",
-            f"127.0.0.1:{self.port}",
-            str(self.folder),
-        ]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment(RCLONE_CONFIG=os.devnull))
+        options = ["--auth-key", KEY_PAIR, "--addr", f"127.0.0.1:{self.port}"]
+        command = [self.binary(), "serve", "s3", *options, str(self.folder)]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment())
         until(lambda: listening(self.port), what="rclone")
 
     def stop(self):
@@ -214,6 +190,28 @@ class Daemon:
     def kill(self):
         return self.stop(signal.SIGKILL)
 
+    def restart(self, **options):
+        """Stop it in order, change options, and start it."""
+        assert self.stop() == 0
+        self.set(**options)
+        return self.start()
+
+    def refused(self):
+        """Start it, expect exit code 78, and return what it says."""
+        process = self.popen(subprocess.PIPE)
+        assert process.wait(20) == 78
+        return process.stderr.read().decode()
+
+    def without_keys(self):
+        """Take AWS's keys out of its environment; its home is its own folder."""
+        del self.environment["AWS_ACCESS_KEY_ID"], self.environment["AWS_SECRET_ACCESS_KEY"]
+        self.environment["HOME"] = str(self.folder)
+
+    def archive(self, number=0):
+        """Post an alert until it is archived: boto3 may not be imported yet."""
+        body = {"alerts": [alert(number)]}
+        until(lambda: self.post(body)[1]["alerts"][0]["state"] == "archived", what="archived alert")
+
     def request(self, method, path, body=None, headers=()):
         connection = http.client.HTTPConnection(*self.address, timeout=40)
         try:
@@ -252,32 +250,79 @@ def s3(rclone):
         rclone.start()
 
 
-class FaultyPlace:
-    """Puts a server that fails in a place, and takes it away."""
-
-    server = None
-
-    def __call__(self, port, mode):
-        self.server = threatstack.Faulty(port, mode)
-
-    def stop(self):
-        if self.server:
-            self.server.stop()
-            self.server = None
-
-
-@pytest.fixture
-def faulty(s3):
-    place = FaultyPlace()
-    yield place
-    place.stop()
-
-
 @pytest.fixture
 def api():
     server = threatstack.Faulty()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def bucket():
+    """S3's stand-in, which keeps what is put as `objects`."""
+    server = threatstack.Faulty()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def moto():
+    """moto's AWS as a server, with a bucket; its address."""
+    from moto.server import ThreadedMotoServer  # it takes a while
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    aws_client("s3", url).create_bucket(Bucket=BUCKET)
+    yield url
+    server.stop()
+
+
+def aws_client(service, url, region="us-east-1"):
+    keys = {"aws_access_key_id": AWS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": AWS["AWS_SECRET_ACCESS_KEY"]}
+    return boto3.client(service, endpoint_url=url, region_name=region, **keys)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own, which can be filled and taken away."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=40M,mode=755", "tmpfs", place]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted: {mounted.stderr}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=False, stderr=subprocess.DEVNULL)
+
+
+def fill(place):
+    """Take the disk's last byte."""
+    with (place / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.fixture
+def listener():
+    """Makes listening sockets, as systemd does: `HOST:0`, `[HOST]:0`, a path or an abstract name."""
+    sockets = []
+
+    def listen(where):
+        if where.startswith(("/", "\0")):
+            sock, address = socket.socket(socket.AF_UNIX), where
+        else:
+            host, _, port = where.rpartition(":")
+            sock = socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET)
+            address = host.strip("[]"), int(port)
+        sockets.append(sock)
+        sock.bind(address)
+        sock.listen(100)
+        return sock
+
+    yield listen
+    for sock in sockets:
+        sock.close()
 
 
 @pytest.fixture
@@ -391,12 +436,15 @@ def elsewhere():
 
 @pytest.fixture
 def tracer(tmp_path):
-    """Runs strace on a daemon, with expressions as its `-e` has them; a context, whose value is the trace's file."""
+    """Runs strace on a daemon, with expressions as its `-e` has them; a context, whose value is the trace's file.
+
+    `end` ends strace: SIGTERM waits for a delay that it makes.
+    """
     if not shutil.which("strace"):
         pytest.skip("no strace")
 
     @contextlib.contextmanager
-    def trace(daemon, *expressions):
+    def trace(daemon, *expressions, end=signal.SIGTERM):
         output = tmp_path / "trace"
         command = ["strace", "-f", "-s", "4000", "-o", output, "-p", str(daemon.process.pid)]
         for expression in expressions:
@@ -407,7 +455,7 @@ def tracer(tmp_path):
             try:
                 yield output
             finally:
-                process.terminate()
+                process.send_signal(end)
                 process.stderr.read()
 
     return trace

@@ -18,7 +18,13 @@ import threatstack
 TS3D = Path(__file__).parent.parent / "ts3d.py"
 TOKEN = "open-sesame-open-sesame"
 BUCKET = "evidence"
-KEY, SECRET = "AKIDEXAMPLE", "aws-secret-access-key"
+AWS = {
+    "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
+    "AWS_SECRET_ACCESS_KEY": "aws-secret-access-key",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+KEY_PAIR = f"{AWS['AWS_ACCESS_KEY_ID']},{AWS['AWS_SECRET_ACCESS_KEY']}"
 ALERT = {
     "id": "587c0159a907346eccb84004",
     "title": "CloudTrail Activity (IAM Policy Changes) : CreatePolicy by demo",
@@ -56,12 +62,11 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def environment():
+def environment(**more):
     """This shell's environment without its settings of AWS, ts3d and proxies, and with the S3 server's credentials."""
-    ours = ("AWS_", "TS_AWS_", "THREATSTACK_", "http", "HTTP")
+    ours = ("AWS_", "TS_AWS_", "THREATSTACK_", "CREDENTIALS_", "STATE_DIR", "JOURNAL_", "http", "HTTP")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    aws = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
-    return {**kept, **aws, "RCLONE_CONFIG": os.devnull}
+    return {**kept, **AWS, "RCLONE_CONFIG": os.devnull, **{name: str(value) for name, value in more.items()}}
 
 
 @contextlib.contextmanager
@@ -116,7 +121,7 @@ def main(once):
         stack.callback(api.stop)
         (folder / "s3" / BUCKET).mkdir(parents=True)
         s3, port = free_port(), free_port()
-        rclone = [Path(sys.executable).parent / "rclone", "serve", "s3", "--auth-key", f"{KEY},{SECRET}"]
+        rclone = [Path(sys.executable).parent / "rclone", "serve", "s3", "--auth-key", KEY_PAIR]
         rclone += ["--addr", f"127.0.0.1:{s3}", folder / "s3"]
         stack.enter_context(started(rclone, s3, folder / "rclone.log"))
         config = folder / "ts3d.conf"

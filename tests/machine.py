@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import threatstack
-from conftest import AWS, ROOT, Rclone, alert, readme, until
+from conftest import AWS, CREDENTIALS, KEY_PAIR, ROOT, Rclone, alert, readme, until
 
 PACKAGES = "systemd systemd-sysv dbus curl"
 DOWNLOADED = (
@@ -85,14 +85,12 @@ class Machine:
         ]
         for group in self.groups:
             group.mkdir(exist_ok=True)
+        command = ["systemd-nspawn", "--quiet", "--boot", "--directory", base(self.release), "--machine", self.name]
+        command += "--volatile=overlay --private-network --register=no --keep-unit --link-journal=no".split()
+        command += ["--console=pipe", "--bind-ro", f"{rclone}:/usr/local/bin/rclone"]
         with self.console.open("wb") as console:
             self.process = subprocess.Popen(
-                [
-                    *("systemd-nspawn", "--quiet", "--boot", "--directory", base(self.release)),
-                    *("--machine", self.name, "--volatile=overlay", "--private-network"),
-                    *("--register=no", "--keep-unit", "--link-journal=no", "--console=pipe"),
-                    *("--bind-ro", f"{rclone}:/usr/local/bin/rclone"),
-                ],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
@@ -141,8 +139,7 @@ class Machine:
     def start_s3(self):
         """On port 9000."""
         self.run(f"mkdir -p /srv/s3/{self.BUCKET}")
-        key = f"{AWS['AWS_ACCESS_KEY_ID']},{AWS['AWS_SECRET_ACCESS_KEY']}"
-        self.start("s3", f"rclone serve s3 --auth-key {key} --addr 127.0.0.1:9000 /srv/s3")
+        self.start("s3", f"rclone serve s3 --auth-key {KEY_PAIR} --addr 127.0.0.1:9000 /srv/s3")
 
     def objects(self):
         """The keys in S3."""
@@ -160,10 +157,7 @@ class Machine:
             "sed -i 's,^#endpoint_url =$,endpoint_url = http://127.0.0.1:9000,; "
             "s,^#base_url =$,base_url = http://127.0.0.1:9001/api/v1,' /etc/ts3d/ts3d.conf"
         )
-        credentials = "".join(
-            f"{name.lower()} = {AWS[name]}\n" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-        )
-        self.path("/etc/ts3d/secrets/aws_credentials").write_text(f"[default]\n{credentials}")
+        self.path("/etc/ts3d/secrets/aws_credentials").write_text(f"[default]\n{CREDENTIALS}")
         for line in rest:
             self.run(line, input=threatstack.KEY + "\n")
 

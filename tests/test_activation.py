@@ -1,43 +1,23 @@
 """What ts3d does for systemd: sockets that are handed over, what it tells, secrets and files that others share."""
 
-import contextlib
 import json
 import os
 import pwd
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import AWS, BUCKET, TOKEN, alert, until
+from conftest import BUCKET, CREDENTIALS, TOKEN, alert, until
+from test_http import CLOSE, message
 
 import ts3d
-
-
-@pytest.fixture
-def listener(tmp_path):
-    """Makes listening sockets, as systemd does: `HOST:0`, `[HOST]:0` or a path."""
-    sockets = []
-
-    def listen(where):
-        if where.startswith("/"):
-            sock = socket.socket(socket.AF_UNIX)
-            sock.bind(where)
-        else:
-            host, _, port = where.rpartition(":")
-            sock = socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET)
-            sock.bind((host.strip("[]"), int(port)))
-        sock.listen(100)
-        sockets.append(sock)
-        return sock
-
-    yield listen
-    for sock in sockets:
-        sock.close()
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -73,16 +53,11 @@ def post(address, number):
 
 def send(sock, number):
     body = json.dumps({"alerts": [alert(number)]}).encode()
-    head = (
-        f"POST /api/v1/s3/alert?token={TOKEN} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}"
-    )
-    sock.sendall(head.encode() + b"\r\n\r\n" + body)
+    sock.sendall(message([b"Content-Length: %d" % len(body), CLOSE], body))
 
 
 def receive(sock):
-    answer = b""
-    while piece := sock.recv(65536):
-        answer += piece
+    answer = b"".join(iter(lambda: sock.recv(65536), b""))
     return json.loads(answer.partition(b"\r\n\r\n")[2])
 
 
@@ -105,15 +80,11 @@ def test_several_sockets_of_each_kind(new_daemon, listener, tmp_path, s3):
 
 
 def test_ipv6_and_an_abstract_socket(new_daemon, listener, tmp_path):
-    abstract = socket.socket(socket.AF_UNIX)
-    abstract.bind(f"\0{tmp_path}")
-    abstract.listen()
     daemon = new_daemon(start=False)
-    with contextlib.closing(abstract):
-        daemon.handed = [abstract, listener("[::1]:0")]
-        daemon.start()
-        assert daemon.logged(rf"listens on unix:@{tmp_path}, ?http://\[::1\]:[0-9]+ ")
-        assert post(f"\0{tmp_path}", 1)["success"]
+    daemon.handed = [listener(f"\0{tmp_path}"), listener("[::1]:0")]
+    daemon.start()
+    assert daemon.logged(rf"listens on unix:@{tmp_path}, ?http://\[::1\]:[0-9]+ ")
+    assert post(f"\0{tmp_path}", 1)["success"]
 
 
 def test_what_waits_while_no_daemon_runs_is_answered_by_the_next(new_daemon, listener):
@@ -141,18 +112,16 @@ def test_a_restart_under_load_refuses_and_resets_nothing(new_daemon, listener, s
                 errors.append(error)
             number += 10
 
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(10)]
-    for thread in threads:
-        thread.start()
-    for _ in range(2):
-        count = len(answers)
-        until(lambda count=count: len(answers) > count + 50)
-        assert daemon.stop() == 0
-        daemon.start()
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    with ThreadPoolExecutor(10) as pool:
+        clients = pool.map(client, range(10))
+        try:
+            for _ in range(2):
+                count = len(answers)
+                until(lambda count=count: len(answers) > count + 50)
+                daemon.restart()
+        finally:
+            done.set()
+    assert (list(clients), errors) == ([None] * 10, [])
     ids = {answer["alerts"][0]["id"] for answer in answers}
     until(lambda: len(s3.objects("alerts")) == len(ids), 60, "archive")
 
@@ -161,9 +130,7 @@ def test_a_restart_under_load_refuses_and_resets_nothing(new_daemon, listener, s
 def test_a_handed_socket_that_others_reach_wants_a_token(new_daemon, listener, where):
     daemon = new_daemon(start=False, server__webhook_token=None)
     daemon.handed = [listener("127.0.0.1:0"), listener(where)]
-    process = daemon.popen(subprocess.PIPE)
-    assert process.wait(20) == 78
-    line = process.stderr.read().decode()
+    line = daemon.refused()
     assert re.search(r"^ts3d: .*tcp://\S+:[0-9]+.*\[server\] webhook_token", line), line
     daemon.set(server__webhook_token=TOKEN)
     assert daemon.start().stop() == 0
@@ -184,11 +151,9 @@ def test_what_is_no_listening_socket_is_refused(new_daemon, tmp_path, what):
     daemon = new_daemon(start=False)
     with open(tmp_path / "file", "w") as file:
         daemon.handed = [handed.get(what, file)]
-        process = daemon.popen(subprocess.PIPE)
-        assert process.wait(20) == 78
+        line = daemon.refused()
     for sock in (*pair, handed["datagrams"]):
         sock.close()
-    line = process.stderr.read().decode()
     assert re.fullmatch("ts3d: .*(on non-socket|does not listen).*\n", line, re.IGNORECASE), line
 
 
@@ -234,8 +199,7 @@ def test_ready_comes_before_boto3(told, tmp_path):
         "raise ImportError('none here')\n"
     )
     daemon.environment["PYTHONPATH"] = str(tmp_path)
-    process = daemon.popen(subprocess.DEVNULL)
-    assert process.wait(20) == 78
+    daemon.refused()
     until(lambda: re.search("STATUS=.*none here", messages[-1]))
     assert messages[0] == "READY=1"
     assert messages.index("boto3") > 0
@@ -244,46 +208,37 @@ def test_ready_comes_before_boto3(told, tmp_path):
 def test_a_wrong_configuration_is_the_status(told):
     daemon, messages = told
     daemon.set(s3__buket="x")
-    process = daemon.popen(subprocess.PIPE)
-    assert process.wait(20) == 78
-    line = process.stderr.read().decode()
+    line = daemon.refused()
     assert re.fullmatch(rf"ts3d: {daemon.config}: \[s3\] .*buket.*(?i:did you mean) bucket\?.*\n", line)
     assert until(lambda: messages) == [f"STATUS={line[6:-1]}"]
 
 
-def test_the_journal_is_told_how_bad_it_is(new_daemon):
-    daemon = new_daemon(start=False, s3__buket="x")
+@pytest.mark.parametrize(
+    ("option", "says"), [("s3__buket", "/.*buket"), ("put_object__Nonsense", ".*Nonsense: unknown to this boto3")]
+)
+def test_the_journal_is_told_how_bad_it_is(new_daemon, option, says):
+    """Also where botocore's model refuses a configuration, which is known only while it runs."""
+    daemon = new_daemon(start=False, **{option: "x"})
     with open(daemon.log_file, "w") as log:
         stat = os.fstat(log.fileno())
         daemon.environment["JOURNAL_STREAM"] = f"{stat.st_dev}:{stat.st_ino}"
-        daemon.popen(log).wait(20)
-    assert daemon.log().startswith("<3>ts3d: /")
+        assert daemon.popen(log).wait(20) == 78
+    assert re.search(f"^<3>ts3d: {says}", daemon.log(), re.MULTILINE)
 
 
-def test_a_thread_that_does_not_move_starves_the_watchdog(told):
+def test_a_thread_that_does_not_move_starves_the_watchdog(told, tracer):
     daemon, messages = told
     if "@" in daemon.environment["NOTIFY_SOCKET"]:
         pytest.skip("once is enough")
-    if not shutil.which("strace"):
-        pytest.skip("no strace")
     daemon.environment["WATCHDOG_USEC"] = "1000000"
     daemon.set(server__wait="0")
     daemon.start()
     until(lambda: messages and "WATCHDOG=1" in messages[-1])
-    # A disk that hangs, for so many microseconds.
-    command = ["strace", "-f", "-o", os.devnull, "-e", "inject=fdatasync:delay_enter=600000000"]
-    with (
-        subprocess.Popen([*command, "-p", str(daemon.process.pid)], stderr=subprocess.PIPE) as strace,
-        socket.create_connection(daemon.address) as client,
-    ):
-        try:
-            if b"attached" not in (line := strace.stderr.readline()):
-                pytest.skip(f"strace cannot attach: {line.decode()}")
-            send(client, 1)
-            until(lambda: daemon.logged("ERROR .*threads.*queue"), 60)
-            until(lambda: "WATCHDOG=1" not in messages[-1])
-        finally:
-            strace.kill()  # it would wait for the delay
+    hang = "inject=fdatasync:delay_enter=600000000"  # a disk's, for so many microseconds
+    with tracer(daemon, hang, end=signal.SIGKILL), socket.create_connection(daemon.address) as client:
+        send(client, 1)
+        until(lambda: daemon.logged("ERROR .*threads.*queue"), 60)
+        until(lambda: "WATCHDOG=1" not in messages[-1])
     until(lambda: "WATCHDOG=1" in messages[-1])
 
 
@@ -312,19 +267,14 @@ def test_every_thread_declares_progress(monkeypatch, tmp_path):
 
 def test_aws_credentials_lie_with_the_secrets(new_daemon, s3):
     daemon = new_daemon(start=False, archive__workers="1")
-    for name in [name for name in daemon.environment if name.startswith("AWS_") and "KEY" in name]:
-        del daemon.environment[name]
+    daemon.without_keys()
     (daemon.folder / "secrets").mkdir()
     file = daemon.folder / "secrets" / "aws_credentials"
     file.write_text("")
     (daemon.folder / ".aws").mkdir()  # root's own is not the service's
     (daemon.folder / ".aws" / "config").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
-    daemon.environment["HOME"] = str(daemon.folder)
     assert "FAIL  s3            S3: " in daemon.run("check").stdout
-    file.write_text(
-        f"[default]\naws_access_key_id = {AWS['AWS_ACCESS_KEY_ID']}\n"
-        f"aws_secret_access_key = {AWS['AWS_SECRET_ACCESS_KEY']}\n"
-    )
+    file.write_text(f"[default]\n{CREDENTIALS}")
     assert daemon.run("check").returncode == 0
     credentials = daemon.folder / "credentials"
     shutil.move(daemon.folder / "secrets", credentials)
@@ -358,9 +308,7 @@ def test_root_follows_no_link_that_the_owner_has_laid(new_daemon, tmp_path):
     daemon.set(queue__path=folder / "queue.db")
     for target in (shadow, tmp_path / "nologin"):
         (folder / "queue.db.lock").symlink_to(target)
-        process = daemon.popen(subprocess.PIPE)
-        assert process.wait(20) == 78
-        assert b"symbolic link" in process.stderr.read()
+        assert "symbolic link" in daemon.refused()
         (folder / "queue.db.lock").unlink()
     assert shadow.stat().st_uid == 0
     assert not (tmp_path / "nologin").exists()

@@ -71,12 +71,7 @@ SCENES = {
     # The first start, and one that finds alerts: only calls that have to do with the queue's files are counted.
     "create": START,
     "open": START,
-    "listen": {
-        "bind": "EADDRINUSE",
-        "clone3/clone": "EAGAIN",
-        "listen": "EADDRINUSE",
-        "socket": "EMFILE",
-    },
+    "listen": {"bind": "EADDRINUSE", "clone3/clone": "EAGAIN", "listen": "EADDRINUSE", "socket": "EMFILE"},
     # A thread imports boto3 after the start: too many calls for a sweep.
     "import": {"getdents64": "EIO", "openat": "EIO EMFILE", "read": "EIO"},
     # SIGTERM, with alerts in the queue.

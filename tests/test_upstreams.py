@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import socket
-import ssl
 import struct
 import sys
 import threading
@@ -24,30 +23,27 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import boto3
 import pytest
 import threatstack
 import trustme
-from conftest import AWS, BUCKET, alert, error_of, peak_memory, until
+from conftest import AWS, BUCKET, CREDENTIALS, Daemon, Rclone, alert, error_of, peak_memory, until
 
 import ts3d
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How an upstream breaks: contexts, given the World, which break it and repair it at their end
-# ---------------------------------------------------------------------------------------------------------------------
+# How an upstream breaks: generators, given the World, which break it, yield, and repair it -------------------------
 
 
-class World:
+class World(NamedTuple):
     """The daemon, which is not started yet, and the upstream of whose failure a row speaks."""
 
-    def __init__(self, daemon, upstream, folder):
-        self.daemon, self.upstream, self.folder = daemon, upstream, folder
+    daemon: Daemon
+    upstream: threatstack.Faulty | Rclone
+    folder: Path
 
 
 def answering(mode):
     """It answers as `mode` has it: a status, a name, or a function of threatstack.Handler."""
 
-    @contextlib.contextmanager
     def fault(world):
         world.upstream.mode = mode
         yield
@@ -89,45 +85,31 @@ def aborted(handler):
     os.close(handler.connection.detach())
 
 
-@contextlib.contextmanager
 def refused(world):
-    port = world.upstream.port
     world.upstream.stop()
     yield
-    world.upstream.__init__(port)
+    world.upstream.__init__(world.upstream.port)
 
 
-@contextlib.contextmanager
 def unresolvable(world):
     """This is repaired in the configuration, so with a restart."""
-    option = "s3__endpoint_url" if isinstance(world.upstream, Bucket) else "threatstack__base_url"
-    section, _, name = option.partition("__")
-    right = world.daemon.options[section, name]
-    world.daemon.set(**{option: f"http://nonexistent.invalid:{world.upstream.port}/api/v1"})
+    [(option, right)] = [each for each in world.daemon.options.items() if world.upstream.url in str(each[1])]
+    world.daemon.set(**{"__".join(option): f"http://nonexistent.invalid:{world.upstream.port}/api/v1"})
     yield
-    world.daemon.set(**{option: right})
-    restart(world)
+    world.daemon.restart(**{"__".join(option): right})
 
 
 def until_restart(fault):
-    @contextlib.contextmanager
     def faulty(world):
-        with fault(world):
-            yield
-        restart(world)
+        yield from fault(world)
+        world.daemon.restart()
 
     return faulty
-
-
-def restart(world):
-    assert world.daemon.stop() == 0
-    world.daemon.start()
 
 
 def tls(names=("127.0.0.1",), known=True, trusted_later=False, plain=False, **more):
     """It speaks TLS with a certificate for these names, of a CA that is known or not."""
 
-    @contextlib.contextmanager
     def fault(world):
         ours, others = trustme.CA(), trustme.CA()
         bundle = world.folder / "ca.pem"
@@ -135,67 +117,43 @@ def tls(names=("127.0.0.1",), known=True, trusted_later=False, plain=False, **mo
         world.daemon.environment["SSL_CERT_FILE"] = str(bundle)
         world.daemon.set(threatstack__base_url=f"https://127.0.0.1:{world.upstream.port}/api/v1")
 
-        def speak(ca, *names, **more):
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            ca.issue_cert(*names, **more).configure_cert(context)
-            world.upstream.tls = context
-
         if not plain:
-            speak(ours if known else others, *names, **more)
+            world.upstream.speak_tls((ours if known else others).issue_cert(*names, **more))
         yield
         if trusted_later:
             others.cert_pem.write_to_path(bundle)
         else:
-            speak(ours, "127.0.0.1")
+            world.upstream.speak_tls(ours.issue_cert("127.0.0.1"))
 
     return fault
 
 
-@contextlib.contextmanager
 def spoken_plain(world):
     """It speaks TLS, and base_url says http:."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
-    world.upstream.tls = context
+    world.upstream.speak_tls(trustme.CA().issue_cert("127.0.0.1"))
     yield
     world.upstream.tls = None
 
 
-class Bucket(threatstack.Faulty):
-    """S3's stand-in."""
-
-
-def s3_error(status, code, text="because", **members):
-    """S3's own answer. https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html"""
-    more = "".join(f"<{name}>{value}</{name}>" for name, value in members.items())
-    body = (
-        '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f"<Error><Code>{code}</Code><Message>{text}</Message>{more}<RequestId>4442587FB7D0A2F9</RequestId></Error>"
-    ).encode()
-    return answering(
-        lambda h: h.send(status, b"" if h.command == "HEAD" else body, [("Content-Type", "application/xml")])
-    )
+def s3_error(*arguments, **members):
+    return answering(threatstack.s3_error(*arguments, **members))
 
 
 def credentials(text):
     """Credentials in the file that boto3 reads, wrong at first."""
 
-    @contextlib.contextmanager
     def fault(world):
         file = world.folder / "credentials"
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            del world.daemon.environment[name]
-        world.daemon.environment |= {"AWS_SHARED_CREDENTIALS_FILE": str(file), "HOME": str(world.folder)}
+        world.daemon.without_keys()
+        world.daemon.environment["AWS_SHARED_CREDENTIALS_FILE"] = str(file)
         if text:
             file.write_text(text)
         yield
-        pair = AWS["AWS_ACCESS_KEY_ID"], AWS["AWS_SECRET_ACCESS_KEY"]
-        file.write_text("[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n".format(*pair))
+        file.write_text(f"[default]\n{CREDENTIALS}")
 
     return fault
 
 
-@contextlib.contextmanager
 def bucket_missing(world):
     """The real server's, whose buckets are folders, and which remembers for minutes what there are."""
     folder = world.upstream.folder / BUCKET
@@ -211,9 +169,7 @@ def bucket_missing(world):
     rename(away, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-# ---------------------------------------------------------------------------------------------------------------------
+# The tables -----------------------------------------------------------------------------------------------------------
 
 
 def words(*patterns):
@@ -230,51 +186,28 @@ class Row(NamedTuple):
     back: bool = True  # by itself, without a restart
     probed: bool = False  # it recovers after a probe that failed
     pause: float = 0.0  # seconds that it asked for, and that nobody calls it
-    options: dict = {}
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+YESTERDAY = datetime.now(UTC) - timedelta(days=1)
+CONFLICT = "ConditionalRequestConflict"
 NO_ANSWER = words("1 s", r"\[threatstack\] timeout")
-TOO_LONG = "8M|8388608"
 
 THREAT_STACK = [
     Row("refused", refused, "unreachable", "cannot be reached: .*refused"),
-    Row(
-        "unresolvable", unresolvable, "unreachable", "nonexistent.invalid.* cannot be reached: .*not known", back=False
-    ),
+    Row("unresolvable", unresolvable, "unreachable", r"nonexistent\.invalid.* be reached: .*not known", back=False),
     Row("aborted", answering(aborted), "broken_off", "reset by peer"),
     Row("closed without a word", answering("reset"), "broken_off", "closed connection without response", probed=True),
     Row("silent", answering("hang"), "timeout", NO_ANSWER),
     Row("body, a byte now and then", raw(HEAD + b"\r\n", then=b" ", pause=0.2), "timeout", NO_ANSWER),
     Row("head of many lines", raw(HEAD + b"X: y\r\n" * 101), "broken_off", "more than 100 headers"),
     Row("head of one long line", raw(HEAD + b"X: " + b"y" * 70_000), "broken_off", "more than 65536 bytes"),
-    Row(
-        "body without end",
-        raw(HEAD + b"\r\n", then=b" " * 1_000_000),
-        "bad_answer",
-        TOO_LONG,
-        options={"threatstack__timeout": "20"},
-    ),
-    Row(
-        "chunks without end",
-        raw(CHUNKED, then=b"100000\r\n" + b" " * 0x100000 + b"\r\n"),
-        "bad_answer",
-        TOO_LONG,
-        options={"threatstack__timeout": "20"},
-    ),
     Row("body cut", raw(HEAD + b"Content-Length: 1000\r\n\r\n{}"), "broken_off", "998 bytes"),
     Row("body cut, no length", raw(HEAD + b'\r\n{"id": "alert'), "bad_answer", "not JSON"),
     Row("chunk cut", raw(CHUNKED + b"9\r\n{}"), "broken_off", "broke off"),
     Row("chunk of no size", raw(CHUNKED + b"x\r\n{}\r\n0\r\n\r\n"), "broken_off", "broke off"),
     Row("chunk of size -2", raw(CHUNKED + b"-2\r\n{}\r\n0\r\n\r\n"), "broken_off", "broke off"),
-    Row(
-        "chunk of size -1",
-        raw(CHUNKED + b"-1\r\n", then=b" " * 1_000_000),
-        "broken_off|bad_answer",
-        "",
-        options={"threatstack__timeout": "20"},
-    ),
     Row("HTTP/0.9", raw(b'{"id": "alert-000000"}\n'), "broken_off", r"broke off: .*\{"),
     Row("status line of garbage", raw(b"\x00\xff\x1b[31m\r\n\r\n"), "broken_off", r"broke off: .*\\x00"),
     Row("status of letters", raw(b"HTTP/1.1 OK\r\n\r\n"), "broken_off", "broke off: .*HTTP/1.1 OK"),
@@ -299,17 +232,10 @@ THREAT_STACK = [
     Row("429, Retry-After as a date", status(429, Retry_After=lambda: date(3)), "rate_limited", "429", pause=1.9),
     Row("429, x-rate-limit-reset", status(429, x_rate_limit_reset=2000), "rate_limited", "429", pause=2),
     Row("429, an hour", until_restart(status(429, Retry_After=10**8)), "rate_limited", "429", back=False),
-    Row("429, a past date", status(429, Retry_After=date(-9999)), "rate_limited", "429"),
-    Row("429, negative", status(429, Retry_After=-5, x_rate_limit_reset=-5), "rate_limited", "429"),
     Row("429, garbage", status(429, Retry_After="soon", x_rate_limit_reset="NaN"), "rate_limited", "429"),
     Row("wrong host", tls(["elsewhere.example"]), "unreachable", "certificate is not valid for '127.0.0.1'"),
     Row("unknown CA", tls(known=False), "unreachable", "unable to get local issuer certificate"),
-    Row(
-        "certificate expired",
-        tls(not_after=datetime.now(UTC) - timedelta(days=1)),
-        "unreachable",
-        "certificate has expired",
-    ),
+    Row("certificate expired", tls(not_after=YESTERDAY), "unreachable", "certificate has expired"),
     Row("no TLS", tls(plain=True), "unreachable", "SSL: "),
     Row("TLS", spoken_plain, "broken_off", "broke off"),
 ]
@@ -324,81 +250,33 @@ S3 = [
     Row("200, a page", answering("garbage"), "bad_answer", "a 200 without an ETag is not S3's answer"),
     Row("502, a page", status(502, b"<html>Bad Gateway"), "502", "502"),
     Row("302", status(302, b"", Location="http://127.0.0.1:1/"), "302|RecursionError", "region|endpoint_url"),
-    Row(
-        "bucket missing",
-        s3_error(404, "NoSuchBucket", BucketName=BUCKET),
-        "NoSuchBucket",
-        words(r"\[s3\] bucket", BUCKET),
-    ),
     Row("access denied", s3_error(403, "AccessDenied"), "AccessDenied", "s3:PutObject", probed=True),
-    Row(
-        "region wrong, 301",
-        s3_error(301, "PermanentRedirect", Endpoint="x"),
-        "PermanentRedirect|RecursionError",
-        "region",
-    ),
-    Row(
-        "region wrong, 400",
-        s3_error(400, "AuthorizationHeaderMalformed", Region="eu-west-1"),
-        "AuthorizationHeaderMalformed",
-        r"\[s3\] region",
-    ),
-    Row("clock skewed", s3_error(403, "RequestTimeTooSkewed"), "RequestTimeTooSkewed", "clock"),
+    Row("region wrong, 301", s3_error(301, "PermanentRedirect", Endpoint="x"), "PermanentRedirect|Recurs.*", "region"),
     Row("token expired", s3_error(400, "ExpiredToken"), "ExpiredToken", "credentials", probed=True),
-    Row("key unknown", s3_error(403, "InvalidAccessKeyId"), "InvalidAccessKeyId", "credentials"),
-    Row("secret wrong", s3_error(403, "SignatureDoesNotMatch"), "SignatureDoesNotMatch", "credentials"),
     Row("412", s3_error(412, "PreconditionFailed"), "PreconditionFailed", "PreconditionFailed", probed=True),
-    Row(
-        "409",
-        s3_error(409, "ConditionalRequestConflict"),
-        "ConditionalRequestConflict",
-        "ConditionalRequestConflict",
-        unavailable=False,
-    ),
-    Row(
-        "409, IfNoneMatch",
-        s3_error(409, "ConditionalRequestConflict"),
-        "ConditionalRequestConflict",
-        "ConditionalRequestConflict",
-        unavailable=False,
-        options={"put_object__IfNoneMatch": "*"},
-    ),
+    Row("409", s3_error(409, CONFLICT), CONFLICT, CONFLICT, unavailable=False),
     Row("SlowDown", s3_error(503, "SlowDown"), "SlowDown", "SlowDown", probed=True),
     Row("429", status(429, b""), "429", "429"),
 ]
 
+HALF, KEYS = "[default]\naws_access_key_id = AKIDEXAMPLE\n", "[Cc]redentials|access key"
+WRONG_SECRET = HALF + "aws_secret_access_key = x\n"
+WRONG_KEY = WRONG_SECRET.replace("AKIDEXAMPLE", "AKIDOTHER")
 REAL_S3 = [
     Row("bucket missing", bucket_missing, "NoSuchBucket", words(r"\[s3\] bucket", BUCKET)),
-    Row("no credentials", credentials(""), "NoCredentialsError", "[Cc]redentials|access key"),
-    Row(
-        "half of the credentials",
-        credentials("[default]\naws_access_key_id = AKIDEXAMPLE\n"),
-        "PartialCredentialsError",
-        "[Cc]redentials|access key",
-    ),
-    Row(
-        "key unknown",
-        credentials("[default]\naws_access_key_id = AKIDOTHER\naws_secret_access_key = x\n"),
-        "InvalidAccessKeyId|SignatureDoesNotMatch|AccessDenied",
-        "[Cc]redentials|access key",
-    ),
-    Row(
-        "secret wrong",
-        credentials("[default]\naws_access_key_id = AKIDEXAMPLE\naws_secret_access_key = x\n"),
-        "SignatureDoesNotMatch",
-        "[Cc]redentials|access key",
-    ),
+    Row("no credentials", credentials(""), "NoCredentialsError", KEYS),
+    Row("half of the credentials", credentials(HALF), "PartialCredentialsError", KEYS),
+    Row("key unknown", credentials(WRONG_KEY), "InvalidAccessKeyId|SignatureDoesNotMatch|AccessDenied", KEYS),
+    Row("secret wrong", credentials(WRONG_SECRET), "SignatureDoesNotMatch", KEYS),
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tests that walk them
-# ---------------------------------------------------------------------------------------------------------------------
+# The tests that walk them ---------------------------------------------------------------------------------------------
 
 
 def walk(row, world, name, objects):
     daemon = world.daemon
-    with row.fault(world):
+    with contextlib.contextmanager(row.fault)(world):
         daemon.start()
         assert daemon.post({"alerts": [alert(0), alert(1)]})[0] == 200
         if row.unavailable:
@@ -443,20 +321,17 @@ QUICK = {"server__wait": "0", "threatstack__timeout": "1"}
 
 @named(THREAT_STACK)
 def test_threat_stack(new_daemon, s3, api, tmp_path, row):
-    daemon = new_daemon(start=False, **{**QUICK, **row.options})
+    daemon = new_daemon(start=False, **QUICK)
     walk(row, World(daemon, api, tmp_path), "threatstack", s3.objects)
 
 
 @named(S3)
-def test_s3(new_daemon, api, tmp_path, row):
-    if "put_object__IfNoneMatch" in row.options and boto3.__version__.startswith("1.26."):
-        pytest.skip(f"boto3 {boto3.__version__} has no IfNoneMatch")
-    server = Bucket()
-    daemon = new_daemon(start=False, s3__endpoint_url=server.url, **{**QUICK, **row.options})
-    try:
-        walk(row, World(daemon, server, tmp_path), "s3", lambda: objects_of(server))
-    finally:
-        server.stop()
+def test_s3(new_daemon, bucket, tmp_path, row):
+    def objects():
+        return {path.removeprefix(f"/{BUCKET}/"): body for path, body in bucket.objects.items()}
+
+    daemon = new_daemon(start=False, s3__endpoint_url=bucket.url, **QUICK)
+    walk(row, World(daemon, bucket, tmp_path), "s3", objects)
 
 
 @named(REAL_S3)
@@ -464,61 +339,59 @@ def test_real_s3(new_daemon, s3, tmp_path, row):
     walk(row, World(new_daemon(start=False, **QUICK), s3, tmp_path), "s3", s3.objects)
 
 
-def objects_of(server):
-    return {path.removeprefix(f"/{BUCKET}/"): body for path, body in server.objects.items()}
+# Beside the tables ----------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Beside the tables
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def trap():
+    """A server to which nothing may connect."""
+    server = threatstack.Faulty()
+    yield server
+    assert server.connections == []
+    server.stop()
 
 
 @pytest.mark.parametrize("code", [300, 301, 302, 303, 307, 308])
-def test_a_redirect_takes_the_key_nowhere(new_daemon, s3, api, code):
-    elsewhere = threatstack.Faulty()
-    to = [("Location", f"{elsewhere.url}/api/v1/alerts/alert-000000"), ("Refresh", f"0; url={elsewhere.url}")]
+def test_a_redirect_takes_the_key_nowhere(new_daemon, api, trap, code):
+    to = [("Location", f"{trap.url}/api/v1/alerts/alert-000000"), ("Refresh", f"0; url={trap.url}")]
     api.mode = lambda handler: handler.send(code, b"", to)
     assert error_of(new_daemon(server__wait="0"))["type"] == f"threatstack_{code}"
     assert set(api.paths()) == {"/api/v1/alerts/alert-000000"}
-    assert elsewhere.connections == []
-    elsewhere.stop()
 
 
 @pytest.mark.parametrize("code", [301, 302, 307, 308])
-def test_s3s_redirect_takes_nothing_elsewhere(new_daemon, code):
-    server, elsewhere = Bucket(), threatstack.Faulty()
-    server.mode = lambda handler: handler.send(code, b"", [("Location", f"{elsewhere.url}/{BUCKET}/x")])
-    assert error_of(new_daemon(server__wait="0", s3__endpoint_url=server.url))["type"] in (
-        f"s3_{code}",
-        "s3_RecursionError",
-    )  # botocore's own
-    assert {path for _, path, _ in server.calls} - {f"/{BUCKET}"} == {  # whose region botocore asks for
-        f"/{BUCKET}/webhooks/2017/01/17/13/51/alert-000000"
-    }
-    assert elsewhere.connections == []
-    server.stop()
-    elsewhere.stop()
+def test_s3s_redirect_takes_nothing_elsewhere(new_daemon, bucket, trap, code):
+    bucket.mode = lambda handler: handler.send(code, b"", [("Location", f"{trap.url}/{BUCKET}/x")])
+    error = error_of(new_daemon(server__wait="0", s3__endpoint_url=bucket.url))
+    assert error["type"] in (f"s3_{code}", "s3_RecursionError")  # botocore's own
+    paths = set(bucket.paths()) - {f"/{BUCKET}"}  # whose region botocore asks for
+    assert paths == {f"/{BUCKET}/webhooks/2017/01/17/13/51/alert-000000"}
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "type_", "says"),
     [
-        raw(HEAD + b"\r\n", then=b" " * 1_000_000),
-        raw(CHUNKED + b"-1\r\n", then=b" " * 1_000_000),
-        raw(CHUNKED, then=b"100000\r\n" + b" " * 0x100000 + b"\r\n"),
+        (raw(HEAD + b"\r\n", then=b" " * 1_000_000), "bad_answer", "8M|8388608"),
+        (raw(CHUNKED, then=b"100000\r\n" + b" " * 0x100000 + b"\r\n"), "bad_answer", "8M|8388608"),
+        (raw(CHUNKED + b"-1\r\n", then=b" " * 1_000_000), "broken_off|bad_answer", ""),
     ],
-    ids=["body", "chunk", "chunks"],
+    ids=["body", "chunks", "chunk"],
 )
-def test_the_memory_that_an_endless_answer_takes(new_daemon, s3, api, tmp_path, fault):
+def test_an_answer_without_end(new_daemon, s3, api, tmp_path, fault, type_, says):
+    """It takes little memory, and is an outage as any other."""
     daemon = new_daemon(threatstack__timeout="20", archive__workers="1", server__wait="1")
-    until(lambda: daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived")
+    daemon.archive()
     before = peak_memory(daemon)
-    with fault(World(daemon, api, tmp_path)):
-        daemon.post({"alerts": [alert(1)]})
-        until(
-            lambda: daemon.logged("will be retried id=alert-000001 |threatstack unavailable: "), 40, "end of the call"
-        )
+    with contextlib.contextmanager(fault)(World(daemon, api, tmp_path)):
+        assert daemon.post({"alerts": [alert(1)]})[0] == 200
+        until(lambda: daemon.logged(f"WARNING threatstack unavailable: [^\n]*{says}"), 40, "end of the call")
+        assert re.fullmatch(f"threatstack_({type_})", error_of(daemon, 1)["type"])
         assert peak_memory(daemon) - before < 64 << 20
+    until(lambda: len(s3.objects("alerts/")) == 2)
+    until(lambda: daemon.logged(r"threatstack recovered after \d+ s"))
+    until(lambda: daemon.health()["queued"] == 0)
+    assert daemon.health()["failed"] == 0
+    assert len(re.findall("threatstack unavailable: ", daemon.log())) == 1
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br"])
@@ -579,65 +452,63 @@ def test_a_name_of_which_one_address_is_dead(new_daemon, s3, api, tmp_path, trac
         assert tried <= 1 or daemon.logged("WARNING .*address")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Proxies, and what boto3 takes from the environment
-# ---------------------------------------------------------------------------------------------------------------------
+# Proxies, and what boto3 takes from the environment -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
-def test_both_upstreams_are_reached_through_the_proxy(new_daemon, s3, api, new_proxy, variable):
-    """Names that only the proxy can resolve: of the daemon, and of backfill."""
-    proxy = new_proxy()
-    daemon = new_daemon(
-        start=False,
-        s3__endpoint_url=f"http://s3.example:{s3.port}",
-        threatstack__base_url=f"http://api.example:{api.port}/api/v1",
-    )
-    daemon.environment[variable] = f"http://127.0.0.1:{proxy.port}"
+PASSWORD = "the-password-of-the-proxy"
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"])
+def test_both_upstreams_are_reached_through_the_proxy(new_daemon, api, bucket, certificate, new_proxy, variable):
+    """Of the daemon, `check` and `backfill`. It alone resolves the names, and wants a password, which is not shown."""
+    proxy, scheme = new_proxy(f"--basic-auth=ts3d:{PASSWORD}"), variable.lower().removesuffix("_proxy")
+    daemon = new_daemon(start=False, log__level="DEBUG")
+    trusted = daemon.folder / "authority.pem"
+    certificate.authority.cert_pem.write_to_path(trusted)
+    daemon.environment |= dict.fromkeys(("SSL_CERT_FILE", "AWS_CA_BUNDLE"), str(trusted))
+    daemon.environment[variable] = f"http://ts3d:{PASSWORD}@127.0.0.1:{proxy.port}"
+    servers = {"api.threatstack.test": api, "s3.test": bucket}
+    daemon.set(threatstack__base_url=f"{scheme}://api.threatstack.test:{api.port}/api/v1")
+    daemon.set(s3__endpoint_url=f"{scheme}://s3.test:{bucket.port}")
+    for name, server in servers.items():
+        if scheme == "https":
+            server.speak_tls(certificate.authority.issue_cert(name))
+    checked = daemon.run("check")
+    assert (checked.returncode, "FAIL" in checked.stdout) == (0, False), checked
+    for name in ("s3", "threatstack"):
+        assert re.search(rf"(?m)^ok +{name} .*through proxy http://127\.0\.0\.1:{proxy.port}\b", checked.stdout)
     daemon.start()
-    archive(daemon)
-    assert s3.objects()["alerts/al/er/alert-000000"] == threatstack.detail("alert-000000")
-    for name in (f"s3.example:{s3.port}", f"api.example:{api.port}"):
-        assert name in until(lambda name=name: name in proxy.log() and proxy.log())
-    name = f"proxied-{variable}"  # rclone may remember for a while what an earlier test put
-    api.lists["active"] = [threatstack.entry(name, int(time.time() * 1000) - 60_000, version=1)]
+    daemon.archive()
+    assert bucket.objects[f"/{BUCKET}/alerts/al/er/alert-000000"] == threatstack.detail("alert-000000")
+    api.lists["active"] = [threatstack.entry("alert-000001", int(time.time() * 1000) - 60_000, version=1)]
     result = daemon.run("backfill")
     assert result.returncode == 0, result.stderr
-    until(lambda: f"alerts/pr/ox/{name}" in s3.objects())
+    until(lambda: f"/{BUCKET}/alerts/al/er/alert-000001" in bucket.objects)
+    assert daemon.stop() == 0
+    for name, server in servers.items():
+        line = f"{'CONNECT ' if scheme == 'https' else ''}{name}:{server.port}"
+        until(lambda line=line: line in proxy.log(), what=line)
+    assert ("/api/v1" in proxy.log()) == (scheme == "http"), "by CONNECT it sees neither key nor path"
+    assert PASSWORD not in daemon.log() + checked.stdout + checked.stderr
 
 
-def test_https_through_the_proxy(new_daemon, api, certificate, new_proxy, tmp_path):
-    """By CONNECT: the proxy sees neither key nor path."""
-    bucket, proxy = Bucket(), new_proxy()
-    for server in (api, bucket):
-        server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        server.tls.load_cert_chain(certificate.file)
-    certificate.authority.cert_pem.write_to_path(tmp_path / "authority.pem")
-    daemon = new_daemon(
-        start=False,
-        s3__endpoint_url=f"https://localhost:{bucket.port}",
-        threatstack__base_url=f"https://localhost:{api.port}/api/v1",
-    )
-    daemon.environment |= dict.fromkeys(("SSL_CERT_FILE", "AWS_CA_BUNDLE"), str(tmp_path / "authority.pem"))
-    daemon.environment["HTTPS_PROXY"] = f"http://127.0.0.1:{proxy.port}"
-    daemon.start()
-    archive(daemon)
-    daemon.stop()
-    for port in (bucket.port, api.port):
-        until(lambda port=port: re.search(f"CONNECT localhost:{port}", proxy.log()), what="CONNECT")
-    assert "/api/v1" not in proxy.log()
-    bucket.stop()
-
-
-@pytest.mark.parametrize("excepted", ["127.0.0.1", "localhost,127.0.0.1", "*"])
-def test_no_proxy(new_daemon, s3, api, new_proxy, excepted):
-    proxy = new_proxy()
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"NO_PROXY": "127.0.0.1"},
+        {"no_proxy": "localhost,127.0.0.1"},
+        {"NO_PROXY": "*"},
+        {"HTTP_PROXY": "", "HTTPS_PROXY": "http://127.0.0.1:9"},
+    ],
+)
+def test_what_no_proxy_names_is_reached_directly(new_daemon, variables):
+    """There is no proxy at port 9."""
     daemon = new_daemon(start=False)
-    daemon.environment |= {"HTTP_PROXY": f"http://127.0.0.1:{proxy.port}", "NO_PROXY": excepted}
+    daemon.environment |= {"HTTP_PROXY": "http://127.0.0.1:9", **variables}
+    checked = daemon.run("check")
+    assert (checked.returncode, "through proxy" in checked.stdout) == (0, False), checked
     daemon.start()
-    archive(daemon)
-    assert f":{api.port}" not in proxy.log()
-    assert f":{s3.port}" not in proxy.log()
+    daemon.archive()
 
 
 def test_a_proxy_that_wants_a_password(new_daemon, s3, api, new_proxy):
@@ -671,15 +542,11 @@ def test_a_proxy_that_is_down(new_daemon, s3, api, new_proxy):
     assert "proxy-password" not in daemon.log()
 
 
-CREDENTIALS = """#!{python}
+CREDENTIAL_PROCESS = """#!{python}
 import json, pathlib
 pathlib.Path({status!r}).write_text(pathlib.Path("/proc/self/status").read_text())
 print(json.dumps({{"Version": 1, "AccessKeyId": {AWS_ACCESS_KEY_ID!r}, "SecretAccessKey": {AWS_SECRET_ACCESS_KEY!r}}}))
 """  # not a shell's: dash clears what it inherits
-
-
-def archive(daemon, number=0):
-    until(lambda: daemon.post({"alerts": [alert(number)]})[1]["alerts"][0]["state"] == "archived", what="archive")
 
 
 @pytest.mark.parametrize("command", ["serve", "check", "backfill"])
@@ -687,14 +554,13 @@ def test_credential_process_is_a_child_like_any_other(new_daemon, s3, api, comma
     """It is found in the environment's AWS_CONFIG_FILE; no signal is blocked in it, and it may use all processors."""
     daemon = new_daemon(start=False)
     program, config, status_file = (daemon.folder / name for name in ("credentials.py", "aws-config", "status"))
-    program.write_text(CREDENTIALS.format(python=sys.executable, status=str(status_file), **AWS))
+    program.write_text(CREDENTIAL_PROCESS.format(python=sys.executable, status=str(status_file), **AWS))
     program.chmod(0o755)
     config.write_text(f"[default]\ncredential_process = {program}\n")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        del daemon.environment[name]
-    daemon.environment |= {"AWS_CONFIG_FILE": str(config), "HOME": str(daemon.folder)}
+    daemon.without_keys()
+    daemon.environment["AWS_CONFIG_FILE"] = str(config)
     daemon.start()
-    archive(daemon)
+    daemon.archive()
     if command != "serve":
         status_file.unlink()
         api.lists["active"] = [threatstack.entry("alert-000001", int(time.time() * 1000) - 60_000, version=1)]
@@ -711,67 +577,57 @@ def test_credential_process_is_a_child_like_any_other(new_daemon, s3, api, comma
 
 
 @pytest.mark.parametrize("place", ["environment", "secrets", "both"])
-def test_where_aws_credentials_are_looked_for(new_daemon, s3, place):
+def test_where_aws_credentials_are_looked_for(new_daemon, bucket, place):
     """AWS_CONFIG_FILE of a drop-in counts, also beside secrets/aws_credentials."""
-    daemon = new_daemon(start=False, s3__region=None)
-    pair = f"aws_access_key_id = {AWS['AWS_ACCESS_KEY_ID']}\naws_secret_access_key = {AWS['AWS_SECRET_ACCESS_KEY']}\n"
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-        daemon.environment.pop(name, None)
-    daemon.environment["HOME"] = str(daemon.folder)
+    daemon = new_daemon(start=False, s3__endpoint_url=bucket.url)
+    daemon.without_keys()
+    del daemon.environment["AWS_DEFAULT_REGION"]
     if place != "secrets":
         config = daemon.folder / "aws-config"
-        config.write_text(f"[default]\nregion = eu-north-1\n{pair if place == 'environment' else ''}")
+        config.write_text(f"[default]\nregion = eu-north-1\n{CREDENTIALS if place == 'environment' else ''}")
         daemon.environment["AWS_CONFIG_FILE"] = str(config)
     (daemon.folder / "secrets").mkdir()
     if place != "environment":
         region = "region = us-east-1\n" if place == "secrets" else ""
-        (daemon.folder / "secrets" / "aws_credentials").write_text(f"[default]\n{region}{pair}")
-    bucket = Bucket()
-    daemon.set(s3__endpoint_url=bucket.url)
+        (daemon.folder / "secrets" / "aws_credentials").write_text(f"[default]\n{region}{CREDENTIALS}")
     daemon.start()
-    archive(daemon)
+    daemon.archive()
     region = "us-east-1" if place == "secrets" else "eu-north-1"
     assert f"/{region}/s3/" in bucket.calls[0][2]["Authorization"]
-    bucket.stop()
 
 
 HOUR = 3600
 
 
+RETRY_AFTER = {  # seconds, and what asks for them
+    0: [
+        *("9" * 40, "-7", "1e3", "nan", "", "2001-01-17T13:51:05Z", "Tue, 17 Jan 2017 13:49:05 GMT"),
+        *("Fri, 31 Dec 99999 23:59:59 GMT", "Tue, 99 Jan 2017 99:99:99 GMT"),
+    ],
+    7: ["7"],
+    60: [
+        *("Tue, 17 Jan 2017 13:51:05 GMT", "Tuesday, 17-Jan-17 13:51:05 GMT", "Tue Jan 17 13:51:05 2017"),
+        *("Tue, 17 Jan 2017 13:51:05 -0000", "Tue, 17 Jan 2017 15:51:05 +0200"),
+    ],
+    HOUR: ["999999999", "Fri, 31 Dec 9999 23:59:59 GMT"],
+}
+RESET = {0: ["1484661065000", "-1", "soon"], 1.5: ["1500"], HOUR: ["999999999999"]}
+
+
 @pytest.mark.parametrize(
-    ("headers", "seconds"),
+    ("seconds", "headers"),
     [
-        ({}, 0),
-        ({"Retry-After": "7"}, 7),
-        ({"Retry-After": "999999999"}, HOUR),
-        ({"Retry-After": "9" * 40}, 0),
-        ({"Retry-After": "-7"}, 0),
-        ({"Retry-After": "1e3"}, 0),
-        ({"Retry-After": "nan"}, 0),
-        ({"Retry-After": ""}, 0),
-        ({"Retry-After": "2001-01-17T13:51:05Z"}, 0),
-        ({"Retry-After": "Tue, 17 Jan 2017 13:51:05 GMT"}, 60),
-        ({"Retry-After": "Tuesday, 17-Jan-17 13:51:05 GMT"}, 60),
-        ({"Retry-After": "Tue Jan 17 13:51:05 2017"}, 60),
-        ({"Retry-After": "Tue, 17 Jan 2017 13:51:05 -0000"}, 60),
-        ({"Retry-After": "Tue, 17 Jan 2017 15:51:05 +0200"}, 60),
-        ({"Retry-After": "Tue, 17 Jan 2017 13:49:05 GMT"}, 0),
-        ({"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT"}, HOUR),
-        ({"Retry-After": "Fri, 31 Dec 99999 23:59:59 GMT"}, 0),
-        ({"Retry-After": "Tue, 99 Jan 2017 99:99:99 GMT"}, 0),
-        ({"x-rate-limit-reset": "1500"}, 1.5),
-        ({"x-rate-limit-reset": "1484661065000"}, 0),
-        ({"x-rate-limit-reset": "999999999999"}, HOUR),
-        ({"x-rate-limit-reset": "-1"}, 0),
-        ({"x-rate-limit-reset": "soon"}, 0),
-        ({"Retry-After": "7", "x-rate-limit-reset": "1500"}, 7),
-        ({"Retry-After": "0", "x-rate-limit-reset": "4000"}, 4),
-        ({"Retry-After": "soon", "x-rate-limit-reset": "4500.0"}, 4.5),
-        ({"Retry-After": "1.5", "x-rate-limit-reset": ""}, 1.5),
+        (0, {}),
+        *((seconds, {"Retry-After": text}) for seconds, texts in RETRY_AFTER.items() for text in texts),
+        *((seconds, {"x-rate-limit-reset": text}) for seconds, texts in RESET.items() for text in texts),
+        (7, {"Retry-After": "7", "x-rate-limit-reset": "1500"}),
+        (4, {"Retry-After": "0", "x-rate-limit-reset": "4000"}),
+        (4.5, {"Retry-After": "soon", "x-rate-limit-reset": "4500.0"}),
+        (1.5, {"Retry-After": "1.5", "x-rate-limit-reset": ""}),
     ],
     ids=lambda value: "+".join(value.values()).strip()[:31] if isinstance(value, dict) else "",
 )
-def test_how_long_an_upstream_asks_to_be_left_alone(monkeypatch, headers, seconds):
+def test_how_long_an_upstream_asks_to_be_left_alone(monkeypatch, seconds, headers):
     monkeypatch.setattr(time, "time", lambda: 1484661005.0)
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import sqlite3
 import time
 
@@ -10,6 +9,7 @@ import pytest
 from conftest import alert, until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_fuzz import judge
 
 import ts3d
 
@@ -62,14 +62,7 @@ CREATED_AT = {  # minutes, and the literals that mean them; None: rejected
     ],
     "1970/01/01/00/01": ["6e1", "6000E-2", '"60"'],
     # Seconds below 10^11, from there on milliseconds.
-    "2025/11/28/03/20": [
-        "1764300000",
-        "1764300000.999",
-        "1.7643e9",
-        '"1764300000"',
-        "1764300000000",
-        '"1764300000000"',
-    ],
+    "2025/11/28/03/20": '1764300000 1764300000.999 1.7643e9 "1764300000" 1764300000000 "1764300000000"'.split(),
     "5138/11/16/09/46": ["99999999999", "99999999999.9", '"99999999999"'],
     "1973/03/03/09/46": ["100000000000", "1e11", '"100000000000"'],
     "2001/09/09/01/46": ["1000000000", "1" + "0" * 100_000 + "e-99988"],
@@ -85,23 +78,14 @@ CREATED_AT = {  # minutes, and the literals that mean them; None: rejected
         # UTC without a zone, and zones in every form of ISO 8601
         *texts("2017-01-17T13:51:05", "2017-01-17 13:51:05.5", "2017-01-17T13:51", "2017-01-17T13:51:05+0000"),
         *texts("2017-01-17T13:51:05+00", "2017-01-17T14:51:05+01", "2017-01-17T05:51:05-0800", "2017-01-17T19:21+0530"),
-        *texts("2017-01-18T13:50:05+23:59", "2017-01-16T13:52:05-23:59"),
+        *texts("2017-01-18T13:50:05+23:59", "2017-01-16T13:52:05-23:59", "2017-01-17t15:51:05.123456789+02:00"),
     ],
     "2016/12/31/23/59": texts("2016-12-31T23:59:60Z", "2016-12-31T15:59:60-08:00", "2016-12-31T23:59:60.5"),
     "2016/02/29/00/00": texts("2016-02-29T00:00:00Z", "2016-02-29T00:00:00"),
     None: [
         *("253402300800000", "-1", "-0.5", "1E400", "-1E400", "1e999999999", "1e" + "9" * 100_000, "9" * 100_000),
-        *(
-            "-" + "9" * 100_000,
-            '"' + "9" * 100_000 + '"',
-            "true",
-            "false",
-            "null",
-            "[]",
-            "[0]",
-            "{}",
-            '{"created_at": 0}',
-        ),
+        *("-" + "9" * 100_000, '"' + "9" * 100_000 + '"', '{"created_at": 0}'),
+        *"true false null [] [0] {}".split(),
         *texts("1e3", "1.5", "-0", "-1", "0x10", "1 ", "1\\n", "NaN", "Infinity", "null", "", "1\\u0000"),
         *texts("١٤٨٤", "१४८४", "１４８４", "²", "Ⅷ", "1４84", "\\u0661\\u0664"),
         *texts("2017-02-30T00:00:00Z", "2017-02-29T00:00:00", "2017-13-01T00:00:00Z", "2017-00-01T00:00:00Z"),
@@ -223,24 +207,8 @@ FORBIDDEN = [
     *"NaN -NaN nan Infinity -Infinity +Infinity inf Inf -inf 01 -01 00 -00 +1 ++1 +0".split(),
     *"- --1 .1 -.1 1. -1. 1.e1 . 1e 1e+ 1e- 1E e1 1ee1 1e1.5 1.1.1".split(),
     *("- 1", "1 000"),
-    *(
-        "0x1",
-        "0X1",
-        "0b1",
-        "0o1",
-        "1_000",
-        "1,",
-        "1a",
-        "1f",
-        "1L",
-        "1n",
-        "0e",
-        "0.e1",
-        "1e1e1",
-        "1e 1",
-        "1 .5",
-        "9" * 100_000 + ".",
-    ),
+    *"0x1 0X1 0b1 0o1 1_000 1, 1a 1f 1L 1n 0e 0.e1 1e1e1".split(),
+    *("1e 1", "1 .5", "9" * 100_000 + "."),
     *("\u0661", "\uff11", "1\u0661", "-\uff11", "²", "1²", "½", "−1", "1e\uff11", "1.\u0661", "∞"),
     # strings
     *r'''" "a 'a' '' `a` "\" "\ "\a" "\v" "\0" "\1" "\x41" "\'" "\U00000041"'''.split(),
@@ -260,26 +228,9 @@ FORBIDDEN = [
     *('{"a":1 "b":2}',),
     *r'{"a"=1} {"a":1:2} {...} [...] /**/1 1/**/ <a> * [*] [\n] @ $'.split(),
     *("//\n1", "# 1", "1 // 1"),
-    *(
-        "\xa0" + "1",
-        "1\x0c",
-        "\x0b1",
-        "\u20031",
-        "1\u2028",
-        "\u20601",
-        "\ufeff1",
-        "1\ufeff",
-        "[\ufeff]",
-        '{\ufeff"a":1}',
-        "\x851",
-    ),
-    *(
-        "[" * 100_000,
-        "]" * 100_000,
-        '{"a":' * 100_000,
-        "[" * 100_000 + "]" * 100_000,
-        '[{"a":' * 50_000 + "0" + "}]" * 50_000,
-    ),
+    *("\xa0" + "1", "1\x0c", "\x0b1", "\u20031", "1\u2028", "\u20601", "\ufeff1", "1\ufeff", "[\ufeff]"),
+    *('{\ufeff"a":1}', "\x851", "[" * 100_000, "]" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000),
+    '[{"a":' * 50_000 + "0" + "}]" * 50_000,
 ]
 PLACES = [  # beside, in an alert, deeper in it, in a bare one
     '{"x": %s, "alerts": [{"id": "abcd", "created_at": 0}]}',
@@ -380,36 +331,22 @@ alerts = st.fixed_dictionaries({"id": values, "created_at": values}) | st.dictio
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(values | alerts), st.booleans(), st.sampled_from([None, 1, "\t"]))
-def test_any_json_is_judged_alert_by_alert(elements, ascii_only, indent):
-    body = json.dumps({"alerts": elements}, ensure_ascii=ascii_only, indent=indent).encode(errors="replace")
-    results = ts3d.read_webhook(body)
-    assert len(results) == len(elements)
-    for element, result in zip(elements, results, strict=True):
-        if isinstance(result, ts3d.Job):
-            assert re.fullmatch("[A-Za-z0-9_-]{4,128}", result.id)
-            assert re.fullmatch(r"\d{4}(/\d\d){4}", result.minute)
-            assert result.body in body
-            assert json.loads(result.body)["id"] == element["id"]
-        else:
-            assert str(result)
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.binary() | st.text().map(str.encode))
+@settings(max_examples=800, deadline=None)
+@given(
+    st.binary()
+    | st.text().map(str.encode)
+    | st.builds(
+        lambda elements, ascii_only, indent: json.dumps(
+            {"alerts": elements}, ensure_ascii=ascii_only, indent=indent
+        ).encode(errors="replace"),
+        st.lists(values | alerts),
+        st.booleans(),
+        st.sampled_from([None, 1, "\t"]),
+    )
+)
 @example(b'{"alerts": [{"id": "abcd", "created_at": 1' + b"0" * 5000 + b"}]}")
-def test_any_bytes_are_judged(body):
-    try:
-        expected = json.loads(body.decode(), parse_int=str)
-    except (ValueError, RecursionError):
-        expected = None
-    try:
-        ts3d.read_webhook(body)
-    except ts3d.Malformed as error:
-        assert str(error)
-    else:
-        assert isinstance(expected, dict)
+def test_any_body_is_judged_alert_by_alert(body):
+    judge(body)
 
 
 BODIES = [
@@ -424,6 +361,8 @@ BODIES = [
 
 
 def test_what_is_refused_is_400_and_kept(daemon, s3, api):
+    """Also while S3 is unavailable, and over a kill."""
+    s3.stop()
     for body in BODIES:
         status, answer = daemon.post(body)
         assert (status, answer["success"]) == (400, False)
@@ -432,6 +371,9 @@ def test_what_is_refused_is_400_and_kept(daemon, s3, api):
         for state in answer.get("alerts", []):
             assert state["state"] == "rejected"
             assert state["error"]["message"]
+    daemon.kill()
+    s3.start()
+    daemon.start()
     until(lambda: len(s3.objects()) == len(BODIES))
     assert sorted(s3.objects("rejected/").values()) == sorted(BODIES)
     assert api.calls == []
@@ -457,13 +399,14 @@ def test_what_rfc_8259_forbids_is_400_and_kept(new_daemon):
     values = [value for value in FORBIDDEN if len(value) < 1000]
     bodies = [(PLACES[n % 4] % value).encode() for n, value in enumerate(values)]
     bodies += [PLACES[0].encode().replace(b"%s", b'"' + scrap + b'"') for scrap in INVALID_UTF_8]
+    bodies += [b"\xef\xbb\xbf" + rest for rest in ((PLACES[1] % 0).encode(), b"", b"{}")]
     bodies += [
-        b"\xef\xbb\xbf" + (PLACES[1] % 0).encode(),
-        b"\xef\xbb\xbf",
-        b"\xef\xbb\xbf{}",
         (PLACES[1] % 0).encode("utf-16"),
+        b"\0",
+        b"\0" * 1000,
+        (PLACES[1] % 0).encode() + b"\0",
+        b'{"\xed\xa0\x80": 0}',
     ]
-    bodies += [b"\0", b"\0" * 1000, (PLACES[1] % 0).encode() + b"\0", b'{"\xed\xa0\x80": 0}']
     assert len(set(bodies)) == len(bodies)
     for body in bodies:
         status, answer = daemon.post(body)
@@ -478,15 +421,8 @@ def test_what_rfc_8259_forbids_is_400_and_kept(new_daemon):
 def test_surrogates_and_nul_in_an_id_are_answered(new_daemon):
     """What no UTF-8 can hold: the answer escapes it, and neither the log nor the queue breaks."""
     daemon = new_daemon(archive__workers="0", log__level="DEBUG")
-    for value in (
-        "\\ud800",
-        "abcd\\ud800",
-        "\\udc00abcd",
-        "abcd\\u0000",
-        "\\u0000abcd",
-        "ab\\u0000cd",
-        "\\ud800\\u0000",
-    ):
+    values = r"\ud800 abcd\ud800 \udc00abcd abcd\u0000 \u0000abcd ab\u0000cd \ud800\u0000".split()
+    for value in values:
         body = b'{"alerts": [{"id": "VALUE", "created_at": 0}, {"id": "abcd", "created_at": "VALUE"}]}'
         body = body.replace(b"VALUE", value.encode())
         status, answer = daemon.post(body)
@@ -497,7 +433,7 @@ def test_surrogates_and_nul_in_an_id_are_answered(new_daemon):
     assert daemon.post(names)[0] == 200
     with contextlib.closing(sqlite3.connect(daemon.queue)) as queue:
         assert queue.execute("SELECT body FROM jobs WHERE step = 'webhooks'").fetchall() == [(names,)]
-        assert queue.execute("SELECT count(*) FROM jobs WHERE step = 'rejected'").fetchone() == (7,)
+        assert queue.execute("SELECT count(*) FROM jobs WHERE step = 'rejected'").fetchone() == (len(values),)
 
 
 def test_nesting_of_any_depth_is_answered(daemon, s3):
@@ -510,16 +446,6 @@ def test_nesting_of_any_depth_is_answered(daemon, s3):
         assert daemon.post(body)[0] in (200, 400), len(body)
     until(lambda: daemon.health()["queued"] == 0)
     assert len(s3.objects("rejected/")) + len(s3.objects("webhooks/")) >= 1
-
-
-def test_a_refused_webhook_is_kept_while_s3_is_away(new_daemon, s3):
-    daemon = new_daemon()
-    s3.stop()
-    assert daemon.post(BODIES[1])[0] == 400
-    daemon.kill()
-    s3.start()
-    daemon.start()
-    until(lambda: list(s3.objects("rejected/").values()) == [BODIES[1]])
 
 
 def test_a_large_webhook(daemon, s3):

@@ -7,6 +7,7 @@ By hand: `python tests/threatstack.py PORT [ID …]`; its list has these, as of 
 import contextlib
 import json
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -48,6 +49,16 @@ def entry(alert_id, milliseconds, version=2):
     return milliseconds, literal % (alert_id.encode(), when.replace("+00:00", "Z").encode())
 
 
+def s3_error(status, code, text="because", headers=(), **members):
+    """A mode: S3's own error. https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html"""
+    more = "".join(f"<{name}>{value}</{name}>" for name, value in members.items())
+    body = (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        f"<Error><Code>{code}</Code><Message>{text}</Message>{more}<RequestId>4442587FB7D0A2F9</RequestId></Error>"
+    ).encode()
+    return lambda handler: handler.send(status, body, [("Content-Type", "application/xml"), *headers])
+
+
 class Faulty(ThreadingHTTPServer):
     """A server that, while `mode` is set, fails: a status, "hang", "garbage", "reset", or a function of the handler."""
 
@@ -57,7 +68,7 @@ class Faulty(ThreadingHTTPServer):
 
     def __init__(self, port=0, mode=None):
         self.mode = mode
-        self.tls = None  # an ssl.SSLContext
+        self.tls = None
         self.objects = {}  # bodies by path
         self.modes = {}  # by alert
         self.calls = []  # (time, path, headers)
@@ -115,6 +126,11 @@ class Faulty(ThreadingHTTPServer):
         sock, address = super().get_request()
         self.connections.append(sock)
         return self.tls.wrap_socket(sock, server_side=True) if self.tls else sock, address
+
+    def speak_tls(self, certificate):
+        """With a certificate of trustme's."""
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate.configure_cert(self.tls)
 
     def handle_error(self, request, client_address):
         pass
