@@ -7,7 +7,7 @@
 # ///
 """ts3d archives Threat Stack's alerts in AWS S3.
 
-The HTTP server (`Handler`) reads a webhook and checks each alert in it (`read_webhook`).
+The HTTP server (`Handler`) compares a webhook's token, reads it and checks each alert in it.
 `Queue.put` writes the alerts to SQLite and syncs the disk; only then does the answer, 200,
 acknowledge them. The `Archiver`'s worker threads put each alert into S3, get its detail from the
 Threat Stack API, put that into S3 too, and delete the job. A `CircuitBreaker` for each of the two
@@ -682,7 +682,7 @@ def minute_of(moment: float) -> str:
 MIN_DISK_FREE = 16 << 20  # bytes that webhooks leave free: room to drain the queue
 WAL_SIZE = 4 << 20  # bytes of write-ahead log after which it is copied into the file
 LOCK_TIMEOUT = 5.0  # seconds to wait for another process's transaction
-MAX_TAKEN = 10_000  # jobs that wait for the disk, before no more are read from it
+MAX_TAKEN = 10_000  # jobs whose outcome is not on disk, after which no more are taken
 KNOWN_FAILURES = {  # text and type of a QueueError, by SQLite's name
     "SQLITE_BUSY": (
         "another program holds the queue's lock. Find it with fuser -v and end it",
@@ -709,8 +709,8 @@ class Queue:
 
     `put` and `retry` return once their change is on disk. What became of a job (`settle`) stays in
     memory until the next commit that succeeds, so a full disk does not stop the archive. One
-    thread writes: all that waits is one transaction and one fsync. A taken job is only remembered
-    in memory: after a crash it is due again.
+    thread writes (`_write_all`): all that waits is one transaction and one fsync. Others read, by
+    `read`. A taken job is only remembered in memory: after a crash it is due again.
 
     `facts` for `status --json`, /healthz and /metrics are of the last look, at most a second ago.
     """
@@ -765,7 +765,7 @@ class Queue:
         FROM counts, pragma_page_count, pragma_freelist_count, pragma_page_size"""
     KIND = """SELECT user_version, (SELECT count(*) FROM sqlite_master)
         FROM pragma_user_version"""
-    WRITE_A_PAGE = "PRAGMA user_version = 2"
+    WRITE_A_PAGE = "PRAGMA user_version = 2"  # shows whether the disk takes writes
     # Only the newest job of an id: of the bodies A, B, A the last A must come last.
     SAME = """SELECT number FROM jobs WHERE id = :id AND (:source = 'backfill' OR (body = :body
         AND number = (SELECT max(number) FROM jobs WHERE id = :id)))"""
@@ -803,7 +803,7 @@ class Queue:
             'since', strftime('%Y-%m-%dT%H:%M:%fZ', error_since, 'unixepoch')))
         FROM jobs WHERE failed = 1 ORDER BY number"""
     # Errors from which SQLite recovers by itself. Any other ends the process; so does an unlock
-    # that failed, after which SQLite takes a lock for held that is not, until it is closed.
+    # that failed: until it is closed, SQLite then believes that it holds the lock.
     RECOVERABLE = re.compile(
         "SQLITE_(FULL|BUSY|LOCKED|CANTOPEN|NOMEM|READONLY(?!_DBMOVED)|IOERR(?!_UNLOCK|_CORRUPTFS))"
         "|OSError"
@@ -1135,7 +1135,7 @@ class Queue:
         return found + [dict(row) for row in self.read(self.PROBLEMS)]
 
     def failures(self) -> Iterator[Json]:
-        """Yield each failed alert: `id`, `received`, `tries`, `error`. Raises QueueError."""
+        """Return each failed alert: `id`, `received`, `tries`, `error`. Raises QueueError."""
         for (text,) in self.read(self.FAILED):
             yield json.loads(text)
 
@@ -1364,7 +1364,12 @@ def backoff(tries: int, low: float, high: float) -> float:
 
 
 class CircuitBreaker:
-    """Decides whether an upstream may be called: closed, open, or half-open (one call probes)."""
+    """Decides whether an upstream may be called: closed, open, or half-open (one call probes).
+
+    `kind_of_error` says which errors open it. While it is open, one job may call the upstream every
+    1 to 8 s, or after Retry-After: the probe. It is the job that is due first, and a job that
+    failed is due later than others. So one alert that always fails cannot stop the others.
+    """
 
     name = "upstream"
 
@@ -1602,7 +1607,8 @@ class ThreatStack(CircuitBreaker):
             self._fetch(urljoin(base, "/help/hawk/self-test"))
             # That was at the host's root; this tests the path.
             now = time.time()
-            self.list(f"/alerts?status=active&from={rfc_3339(now)}&until={rfc_3339(now)}")
+            day = f"&from={rfc_3339(now - 86400)}&until={rfc_3339(now)}"
+            self.list(f"/alerts?status=active{day}")
         else:
             self.get("/alerts?count=1")
         return f"{base} accepts the key{proxy_of(base)}"
@@ -1829,7 +1835,13 @@ Pool = namedtuple("Pool", "name lanes upstreams size jobs")
 class Archiver:
     """Two pools of worker threads, and a dispatcher that gives them jobs.
 
-    The store pool needs S3 alone, so an API that hangs does not hold up webhooks.
+    At first a job's step is its source: the store pool puts what arrived. That needs S3 alone, so
+    an API that hangs does not hold up webhooks. The next steps are the detail pool's: "events"
+    (only Hawk has some) and "alerts", the detail. Then the job is done, and is deleted. A new kind
+    of object is put by `_archive` or `_put_detail`, under a key of `name_of`.
+
+    After an error `_put_off` retries the job later. An alert that the API does not know (404) for
+    an hour, or that fails for give_up_after while others succeed, is marked failed.
     """
 
     def __init__(self, config: Config, queue_: Queue) -> None:
@@ -1845,7 +1857,7 @@ class Archiver:
         self.stopping = False
         self.fatal: Exception | None = None  # what ends the process
         self.threads: list[Thread] = []
-        self._archived: dict[int, Future[None]] = {}  # of jobs for which answers wait
+        self._waiting: dict[int, Future[None]] = {}  # by job for which answers wait
 
     def start(self) -> None:
         """Start the threads, unless there are to be none."""
@@ -1873,7 +1885,7 @@ class Archiver:
         """
         # A dict's methods are atomic. A future that was taken out is resolved once.
         waiting = {
-            number: self._archived.setdefault(number, Future()) for number in numbers
+            number: self._waiting.setdefault(number, Future()) for number in numbers
         }
         queued = self.queue.errors(numbers)  # some may be archived already
         if self.config.workers and not self.stopping and not self.problem():
@@ -1881,15 +1893,15 @@ class Archiver:
             queued = self.queue.errors(queued)
         problem = self.problem()
         for number in numbers:
-            self._archived.pop(number, None)
+            self._waiting.pop(number, None)
             if problem and number in queued:
                 queued[number] = queued[number] or error_json(problem.type, str(problem))
         return queued
 
     def stop_waiting(self, *numbers: int) -> None:
         """Have answers wait no longer for these jobs, or for any."""
-        for number in numbers or list(self._archived):
-            if waiting := self._archived.pop(number, None):
+        for number in numbers or list(self._waiting):
+            if waiting := self._waiting.pop(number, None):
                 waiting.set_result(None)
 
     def problem(self) -> UpstreamError | None:
@@ -1908,7 +1920,9 @@ class Archiver:
         while not self.stopping:
             expect_progress_within(LONGEST_TURN)
             self.wake.clear()
-            for pool in self.pools:  # the store pool first: it must get S3's probe
+            for pool in (
+                self.pools
+            ):  # the store pool first: its probe of S3 needs no call of the API
                 for lane in pool.lanes:
                     with suppress(QueueError):  # logged
                         self._fill(pool, lane)
@@ -2067,6 +2081,10 @@ class Server:
     """Accepts connections from listening sockets, limits them, runs a Handler in a thread for each.
 
     A connection's phase is "idle", "receiving" (a request or a TLS handshake), or "answering".
+
+    Memory is bounded: max_connections, with 64K of headers each; eight bodies over 64K at once, and
+    one that is parsed. An answer that waits for S3 keeps no body. In the archiver each worker has
+    one body, and one answer of the API is parsed at a time.
     """
 
     def __init__(self, config: Config, archiver: Archiver) -> None:
@@ -2207,7 +2225,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return how a request is refused after an error; status 0: the client is gone."""
         if isinstance(error, Refusal):
             return error
-        if isinstance(error, QueueError):  # no alert of the request is on disk
+        if isinstance(
+            error, QueueError
+        ):  # the alerts may not be on disk, and must come again
             return Refusal(503, "queue_unavailable", str(error), "Retry-After: 10\r\n")
         if not isinstance(error, OSError):
             # A bug too is answered, and the daemon goes on.
@@ -2730,7 +2750,7 @@ def rfc_3339(moment: float) -> str:
 
 
 def status(config: Config, failed: bool, as_json: bool) -> int:
-    """Show queued and failed alerts, and current problems.
+    """Show queued and failed alerts, and current problems: the last errors of queued jobs.
 
     Example: ts3d status --failed. Exit codes: 0 no problem, 1 a problem, 2 wrong usage, 78 wrong
     configuration.
@@ -2793,7 +2813,7 @@ def retry(config: Config, ids: list[str]) -> int:
     failed, 2 wrong usage, 78 wrong configuration.
     """
     with open_queue(config) as queue_:
-        counts = {id_: queue_.retry(id_) for id_ in ids or [""]}
+        counts = {id_: queue_.retry(id_) for id_ in dict.fromkeys(ids) or [""]}
     print(f"{sum(counts.values())} queued again")
     missing = " ".join(id_ for id_ in ids if not counts[id_])
     if missing:
