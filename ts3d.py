@@ -2082,9 +2082,9 @@ class Server:
 
     A connection's phase is "idle", "receiving" (a request or a TLS handshake), or "answering".
 
-    Memory is bounded: max_connections, with 64K of headers each; eight bodies over 64K at once, and
-    one that is parsed. An answer that waits for S3 keeps no body. In the archiver each worker has
-    one body, and one answer of the API is parsed at a time.
+    Memory is bounded: max_connections, with 64K of headers each; eight bodies over 64K at once,
+    parsed in turn. An answer that waits for S3 keeps no body. In the archiver each worker has one
+    body, and answers of the API are parsed in turn.
     """
 
     def __init__(self, config: Config, archiver: Archiver) -> None:
