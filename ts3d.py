@@ -1062,7 +1062,9 @@ class Queue:
         self._inodes = self._inodes or inodes
         # An open file outlives its name: after a restart nothing would find what is in it.
         if inodes != self._inodes:
-            raise QueueError(f"{self.path}, or its -wal or -shm, was replaced")
+            raise QueueError(
+                f"{self.path}, or its -wal or -shm, was replaced. Find the program that did it"
+            )
         self._wal = os.path.getsize(self.path + "-wal")
         values = {
             "now": time.time(),
@@ -1258,7 +1260,7 @@ ADVICE = {  # what to do, by type of error and its text; the first that matches 
     "s3_AccessDenied": "Allow s3:PutObject on the bucket's objects, and its KMS key; see README.md",
     "s3_(NoSuchBucket|InvalidBucketName)": "Correct [s3] bucket",
     "s3_RequestTimeTooSkewed": "Set this machine's clock: timedatectl set-ntp yes",
-    "s3_NotImplemented": "The store must accept SHA-256 checksums (x-amz-checksum-sha256)",
+    "s3_NotImplemented": "Use a store that accepts SHA-256 checksums (x-amz-checksum-sha256)",
     "s3_KMS": "Check SSEKMSKeyId and its key policy: an enabled symmetric key in the same region",
     "s3_(InvalidRequest|InvalidArgument|InvalidStorageClass)": (
         "Check [s3:put_object]; for Object Lock prefer the bucket's default retention"

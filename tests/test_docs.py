@@ -456,3 +456,43 @@ def test_it_stands_on_the_standard_library_and_boto3():
 def test_nothing_else_stands_at_the_top():
     top = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__pycache__"))}
     assert top <= {"README.md", "systemd", "tests", "ts3d.conf", "ts3d.py"}
+
+
+VERBS = "allow|check|correct|end|find|free|list|present|search|send|set|start|use"
+INSTRUCTION = re.compile(rf"(?i)(^|[.:;,] |\}} )(no action needed|({VERBS})\b)")
+
+
+def texts_of(name):
+    """The texts of all `name(…)` in ts3d.py by error type, with `{}` for what is only known when it runs."""
+    found = {}
+    for function in ast.walk(ast.parse(TS3D.read_text())):
+        values = {}  # of the function's local names, by line
+        for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+            if isinstance(node, ast.Assign) and isinstance(node.targets[-1], ast.Name):
+                values[node.lineno] = (node.targets[-1].id, node.value)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
+                place, type_ = (1, node.args[1].value) if name == "Refusal" else (0, f"line {node.lineno}")
+                text = node.args[place + (name == "Refusal")]
+                for line, (local, value) in sorted(values.items(), reverse=True):
+                    if isinstance(text, ast.Name) and local == text.id and line <= node.lineno:
+                        text = value
+                if isinstance(text, ast.JoinedStr | ast.Constant):
+                    parts = getattr(text, "values", [text])
+                    found[type_] = "".join(
+                        str(getattr(part, "value", ""))
+                        if isinstance(part, ast.Constant)
+                        else str(getattr(ts3d, ast.unparse(part.value), "{}"))
+                        for part in parts
+                    )
+    return found
+
+
+def test_every_error_says_what_to_do():
+    texts = {f"s3, threatstack: {pattern}": text for pattern, text in ts3d.ADVICE.items()}
+    texts |= {type_: text for text, type_ in ts3d.KNOWN_FAILURES.values()}
+    texts |= texts_of("Refusal") | texts_of("QueueError")
+    assert {"unauthorized", "timeout", "too_large", "malformed_request", "queue_locked"} <= texts.keys()
+    assert {type_: text for type_, text in texts.items() if not INSTRUCTION.search(text)} == {}
+    # An error of an upstream that no pattern knows has an instruction too.
+    for upstream in ts3d.TITLES:
+        assert INSTRUCTION.search(str(ts3d.UpstreamError(upstream, "Unknown", "because")))

@@ -647,7 +647,7 @@ def test_hostile_answers_are_parsed_one_at_a_time(new_daemon, s3, api, source):
     """Each of 8M, of a kind that takes twenty-five times as much when it is parsed; they come at the same moment."""
     more = {"threatstack__base_url": f"{api.url}/v2", **threatstack.HAWK} if source == "events" else {}
     daemon = new_daemon(server__wait="0", **more)
-    together = threading.Barrier(12)
+    together = threading.Barrier(8)
 
     def answer(handler):
         start = b'{"id": "%s", "x": [' % handler.path.removesuffix("/events").rpartition("/")[2].encode()
@@ -655,8 +655,8 @@ def test_hostile_answers_are_parsed_one_at_a_time(new_daemon, s3, api, source):
             together.wait(5)
         handler.send(200, start + b"[]," * (((8 << 20) - len(start) - 4) // 3) + b"[]]}")
 
-    names = [alert(n)["id"] for n in range(12)] if source == "details" else ["events"]
+    names = [alert(n)["id"] for n in range(8)] if source == "details" else ["events"]
     api.modes = dict.fromkeys(names, answer)
-    daemon.post({"alerts": [alert(n) for n in range(12)]})
-    until(lambda: len(s3.objects("alerts/")) == 12, 150, "details")
+    daemon.post({"alerts": [alert(n) for n in range(8)]})
+    until(lambda: len(s3.objects("alerts/")) == 8, 150, "details")
     assert peak_memory(daemon) < 800 << 20  # the unit's MemoryMax is 1G
