@@ -487,6 +487,7 @@ def shorter(seconds):
 
 time.monotonic = threading._time = monotonic
 time.time = lambda: epoch + monotonic() - began + jump
+time.time_ns = lambda: int(time.time() * 1e9)  # Python 3.13's logging takes it
 time.sleep = lambda seconds: sleep(shorter(seconds))
 threading.Condition.wait = lambda self, timeout=None: wait(self, timeout if timeout is None else shorter(timeout))
 """
