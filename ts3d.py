@@ -1933,15 +1933,13 @@ class Archiver:
             for pool in (
                 self.pools
             ):  # the store pool first: its probe of S3 needs no call of the API
-                for lane in pool.lanes:
+                for lane in pool.lanes if is_low(pool) else ():
                     with suppress(QueueError):  # logged
                         self._fill(pool, lane)
             self.wake.wait(0.25)  # jobs become due, and other processes queue some
 
     def _fill(self, pool: Any, lane: str) -> None:
         """Have as many jobs wait as the pool has threads: a worker should find the next there."""
-        if not is_low(pool):
-            return
         n = pool.size - pool.jobs.qsize()
         for upstream in pool.upstreams:
             n = upstream.allowance(n)
@@ -2156,6 +2154,7 @@ class Server:
         """Close a connection and count it no longer."""
         with self._lock:
             self._phases.pop(connection, None)
+        shut_down(connection, socket.SHUT_WR)  # before a reset, if the client sent more
         connection.close()
 
     def enter(self, connection: Any, phase: str) -> None:
@@ -2227,7 +2226,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 text = f"wrong method. Use {allow}"
                 raise Refusal(405, "method_not_allowed", text, f"Allow: {allow}\r\n")
             functions[self.target]()
-        except Exception as error:
+        except Exception as error:  # also a bug is answered
             status, type_, text, *headers = self.refusal(error).args
             self.payload["error"] = error_json(type_, text)
             self.notes["error"] = text

@@ -193,6 +193,15 @@ def of_alert(number, headers=(), chunked=False):
     return message([*headers, CHUNKED if chunked else b"Content-Length: %d" % len(body)], body)
 
 
+def read_until_closed(sock):
+    """All answers; after them what was sent behind the close may be reset."""
+    pieces = []
+    with contextlib.suppress(ConnectionResetError):
+        while piece := sock.recv(65536):
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
 @pytest.mark.parametrize("step", [1, 7, 1000, 100_000])
 def test_a_pipeline_is_answered_in_order_however_it_is_cut(new_daemon, step):
     daemon = new_daemon(archive__workers="0")
@@ -203,7 +212,7 @@ def test_a_pipeline_is_answered_in_order_however_it_is_cut(new_daemon, step):
     with socket.create_connection(daemon.address, 15) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         with ThreadPoolExecutor(1) as pool:  # a reset by what is sent behind the close must find all answers read
-            answers = pool.submit(lambda: b"".join(iter(lambda: sock.recv(65536), b"")))
+            answers = pool.submit(read_until_closed, sock)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 for at in range(0, len(data), step):
                     sock.sendall(data[at : at + step])
