@@ -2617,7 +2617,8 @@ def serve(config: Config) -> int:
         # A handler may run while any lock is held: it sets a flag and nothing else.
         signal.signal(number, lambda received, _: signals.append(received))
     # Threads that take turns at the GIL on several processors archive a quarter less (tests/bench).
-    os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
+    with suppress(OSError):  # a sandbox may forbid it
+        os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     # A connection takes a file, and so do the queue and calls.
