@@ -2155,7 +2155,8 @@ class Server:
         with self._lock:
             self._phases.pop(connection, None)
         shut_down(connection, socket.SHUT_WR)  # before a reset, if the client sent more
-        connection.close()
+        with suppress(OSError):
+            connection.close()
 
     def enter(self, connection: Any, phase: str) -> None:
         """Note what a connection does now."""
