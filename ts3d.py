@@ -1964,7 +1964,7 @@ class Archiver:
                 self._put_off(job, error)
             except Exception as error:  # a bug, or a disk that fails; this thread goes on
                 job.due, job.error_type = monotonic() + 10, "internal"
-                job.error_message = explain(error)
+                job.error_message, job.error_since = explain(error), time.time()
                 text = "alert failed, will be retried"
                 log_error(text, id=job.id, error=job.error_message)
             self.queue.settle(job)

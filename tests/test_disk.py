@@ -13,29 +13,9 @@ from pathlib import Path
 
 import pytest
 import threatstack
-from conftest import TOKEN, alert, problems_of, until
+from conftest import TOKEN, alert, fill, problems_of, until
 
 MEGABYTE = 1 << 20
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A small disk of its own, which can be filled and taken away."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=40M,mode=755", "tmpfs", place]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted: {mounted.stderr}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=False, stderr=subprocess.DEVNULL)
-
-
-def fill(place):
-    """Take the disk's last byte."""
-    with (place / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
 
 
 def post_until_refused(daemon, size):
