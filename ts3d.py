@@ -26,7 +26,6 @@ import hmac
 import http.client
 import http.server
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -45,10 +44,7 @@ import ssl
 import sys
 import textwrap
 import threading
-import time
 import traceback
-import urllib.error
-import urllib.request
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
@@ -66,10 +62,19 @@ from queue import SimpleQueue
 from re import fullmatch
 from sqlite3 import Connection
 from threading import Lock, Thread
-from time import monotonic
+from time import monotonic, sleep, time
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import parse_qs, quote, urljoin, urlsplit
+from urllib.request import (
+    HTTPErrorProcessor,
+    HTTPSHandler,
+    Request,
+    build_opener,
+    getproxies,
+    proxy_bypass,
+)
 
 VERSION = "0.2.0"
 log = logging.getLogger("ts3d")
@@ -112,7 +117,7 @@ def number(units: dict[str, int], low: float, high: float, text: str) -> float:
 def boolean(text: str) -> bool:
     """Return a yes or no. Raises ValueError."""
     matching("(?i)yes|no|true|false|on|off|1|0", "yes or no", text)
-    return text.lower() in ("yes", "true", "on", "1")
+    return bool(fullmatch("(?i)yes|true|on|1", text))
 
 
 address = partial(
@@ -309,11 +314,9 @@ def refuse_quotes(text: str) -> None:
 def refuse_unknown(path: str, sections: dict[str, dict[str, str]]) -> None:
     """Raise ConfigError for an unknown section or option: `load_option` has left none but those."""
     for section, names in sections.items():
-        known = [option.name for option in OPTIONS if option.section == section]
-        if not known:
-            likely = nearest(
-                section, [PUT_OBJECT, *(option.section for option in OPTIONS)]
-            )
+        known = {option.name: option.section for option in OPTIONS}
+        if section not in known.values():
+            likely = nearest(section, [PUT_OBJECT, *known.values()])
             raise ConfigError(f"{path}: unknown section [{section}]{likely}")
         for name in names:
             likely = nearest(name, known)
@@ -356,8 +359,8 @@ def load_tls(config: Config) -> None:
 # Log
 # --------------------------------------------------------------------------------------------------
 
-# journald adds the time itself, and reads the level from sd-daemon(3)'s prefix
-PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+# sd-daemon(3)'s, of DEBUG (10), INFO (20), WARNING, ERROR and CRITICAL: journald reads them
+PRIORITIES = "?76432"
 
 
 def start_log(lowest: str) -> None:
@@ -375,7 +378,9 @@ def log_line(record: logging.LogRecord) -> str:
     """Return a record as one line."""
     text = printable(record.getMessage())
     if in_journal():
-        return f"<{PRIORITIES[record.levelname]}>{text}"
+        return (
+            f"<{PRIORITIES[record.levelno // 10]}>{text}"  # journald adds the time itself
+        )
     return f"{logging.Formatter().formatTime(record)} {record.levelname} {text}"
 
 
@@ -430,28 +435,28 @@ def explain(error: BaseException) -> str:
 # Metrics: counted where it happens, shown by GET /metrics
 # --------------------------------------------------------------------------------------------------
 
-METRICS = {  # type and help, by name; https://prometheus.io/docs/practices/naming/
-    "ts3d_build_info": "gauge Always 1; the labels name versions.",
-    "ts3d_webhooks_total": "counter Webhooks answered, by HTTP status.",
-    "ts3d_alerts_received_total": "counter Alerts that came by webhook and were queued.",
-    "ts3d_alerts_archived_total": "counter Alerts archived in S3.",
-    "ts3d_alerts_rejected_total": "counter Invalid alerts in webhooks.",
-    "ts3d_alerts_failed_total": "counter Alerts marked failed.",
-    "ts3d_acknowledgement_seconds": "summary From a webhook's first byte until it is queued.",
-    "ts3d_archive_seconds": "summary From an alert's arrival until it is archived.",
-    "ts3d_retries_total": "counter Failed tries after which an alert is retried.",
-    "ts3d_upstream_unavailable": "gauge 1 while the upstream's circuit breaker is open.",
-    "ts3d_queue_depth": "gauge Alerts queued.",
-    "ts3d_queue_failed": "gauge Alerts marked failed and not retried yet.",
-    "ts3d_queue_oldest_age_seconds": "gauge Age of the oldest queued alert.",
-    "ts3d_queue_size_bytes": "gauge Bytes that queued and failed alerts take.",
-    "ts3d_queue_max_size_bytes": "gauge [queue] max_size.",
-    "ts3d_queue_disk_free_bytes": "gauge Free bytes for the queue; 503 below 16M.",
-    "process_start_time_seconds": "gauge Start time of the process since the epoch.",
-}
-# What Queue.facts has, in its order.
-QUEUE_METRICS = [name for name in METRICS if name.startswith("ts3d_queue")]
-STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
+# Name, type and help of each metric. Source: https://prometheus.io/docs/practices/naming/
+METRICS = """\
+ts3d_build_info gauge Always 1; the labels name versions.
+ts3d_webhooks_total counter Webhooks answered, by HTTP status.
+ts3d_alerts_received_total counter Alerts that came by webhook and were queued.
+ts3d_alerts_archived_total counter Alerts archived in S3.
+ts3d_alerts_rejected_total counter Invalid alerts in webhooks.
+ts3d_alerts_failed_total counter Alerts marked failed.
+ts3d_acknowledgement_seconds summary From a webhook's first byte until it is queued.
+ts3d_archive_seconds summary From an alert's arrival until it is archived.
+ts3d_retries_total counter Failed tries after which an alert is retried.
+ts3d_upstream_unavailable gauge 1 while the upstream's circuit breaker is open.
+ts3d_queue_depth gauge Alerts queued.
+ts3d_queue_failed gauge Alerts marked failed and not retried yet.
+ts3d_queue_oldest_age_seconds gauge Age of the oldest queued alert.
+ts3d_queue_size_bytes gauge Bytes that queued and failed alerts take.
+ts3d_queue_max_size_bytes gauge [queue] max_size.
+ts3d_queue_disk_free_bytes gauge Free bytes for the queue; 503 below 16M.
+process_start_time_seconds gauge Start time of the process since the epoch.
+"""
+QUEUE_METRICS = re.findall(r"(?m)^ts3d_queue\w+", METRICS)  # in the order of Queue.facts
+STATUSES = "200 400 401 404 405 408 413 415 431 500 503".split()
 # Values by sample, and by labels as Prometheus writes them.
 METRIC_VALUES: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 METRICS_LOCK = Lock()
@@ -468,7 +473,7 @@ for code in STATUSES:  # a rate needs the 0 before the 1
 for upstream in ("s3", "threatstack"):
     add("ts3d_retries_total", 0, f'{{upstream="{upstream}"}}')
 add("ts3d_build_info", 1, f'{{version="{VERSION}",python="{sys.version.split()[0]}"}}')
-add("process_start_time_seconds", time.time())
+add("process_start_time_seconds", time())
 
 
 def metrics_text() -> str:
@@ -477,8 +482,8 @@ def metrics_text() -> str:
     Source: https://prometheus.io/docs/instrumenting/exposition_formats/
     """
     lines = []
-    for name, described in METRICS.items():
-        kind, _, explanation = described.partition(" ")
+    for line in METRICS.splitlines():
+        name, kind, explanation = line.split(" ", 2)
         lines += [f"# HELP {name} {explanation}\n# TYPE {name} {kind}\n"]
         samples = [f"{name}_sum", f"{name}_count"] if kind == "summary" else [name]
         for sample in samples:
@@ -548,6 +553,9 @@ JSON = json.JSONDecoder(
 # Between the values of a text that is known to be JSON.
 SEPARATORS = re.compile(r"[ \t\n\r,:]*")
 CONSTANT = re.compile(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)')
+PARSING = (
+    Lock()
+)  # held while a webhook or an answer is parsed: hostile JSON takes 25 times its size
 MAX_ALERTS = 10_000  # in one webhook: each takes memory, and a place in the answer
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
 # A smaller `created_at` is seconds, not milliseconds: 10^11 ms is in 1973.
@@ -763,8 +771,6 @@ class Queue:
         (page_count - freelist_count) * page_size + :excess AS queue_bytes,
         :max_size AS max_bytes, :disk + freelist_count * page_size AS disk_free_bytes
         FROM counts, pragma_page_count, pragma_freelist_count, pragma_page_size"""
-    KIND = """SELECT user_version, (SELECT count(*) FROM sqlite_master)
-        FROM pragma_user_version"""
     WRITE_A_PAGE = "PRAGMA user_version = 2"  # shows whether the disk takes writes
     # Only the newest job of an id: of the bodies A, B, A the last A must come last.
     SAME = """SELECT number FROM jobs WHERE id = :id AND (:source = 'backfill' OR (body = :body
@@ -785,13 +791,10 @@ class Queue:
             AND other.step = jobs.step AND other.number < jobs.number)
         ORDER BY due, number LIMIT ?"""
     DELETE = "DELETE FROM jobs WHERE number = :number"
-    BODY = "SELECT body FROM jobs WHERE number = ?"
     ERRORS = """SELECT number, error_type AS type, error_message AS message FROM jobs
         WHERE number IN (SELECT value FROM json_each(?))"""
     QUEUED = """SELECT id FROM jobs
         WHERE failed = 0 AND id IN (SELECT value FROM json_each(?))"""
-    NOTE = "INSERT OR REPLACE INTO notes VALUES ('backfilled', ?)"
-    NOTED = "SELECT coalesce(max(value), 0) FROM notes WHERE name = 'backfilled'"
     # SQLite takes the bare columns from the row that min() finds.
     PROBLEMS = """SELECT error_type AS type, error_message AS message,
         strftime('%Y-%m-%dT%H:%M:%fZ', min(error_since), 'unixepoch') AS since,
@@ -830,9 +833,9 @@ class Queue:
             self._open()
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(
-                f"[queue] path = {path} cannot be opened or written: {error}. If there is no queue "
-                "yet, start the daemon, which creates it; else name a file on a local disk, that "
-                "this user may write, with 16M free"
+                f"[queue] path = {path} cannot be written: {error}. If there is no queue yet, "
+                "start the daemon, which creates it; else name a file on a local disk, that this "
+                "user may write, with 16M free"
             ) from None
         self.writer = start_thread("queue", self._write_all)
 
@@ -846,11 +849,13 @@ class Queue:
                 if monotonic() > deadline:
                     text = "another `ts3d serve` uses this queue. Stop that one first"
                     raise ConfigError(f"[queue] path = {self.path}: {text}")
-                time.sleep(0.01)
+                sleep(0.01)
             create_file(self.path).close()
             self._recover()
         self._db = connect(self.path)
-        version, tables = self._db.execute(self.KIND).fetchone()
+        version, tables = self._db.execute(
+            "SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
+        ).fetchone()
         if version != 2 and (version or tables or not self.place):
             raise ConfigError(
                 f"[queue] path = {self.path} is not ts3d's, or of another version ({version}, not "
@@ -892,26 +897,24 @@ class Queue:
 
     # Writing --------------------------------------------------------------------------------------
 
-    def put(self, jobs: list[Job]) -> list[int]:
-        """Queue these durably, all or none, and return their numbers. Raises QueueError.
+    def put(self, jobs: list[Job]) -> None:
+        """Queue these durably, all or none; set their `number` and drop `body`. Raises QueueError.
 
         The same id with the same bytes is one job; if that failed, it is retried. What backfill
         found is not queued beside a job of the same id.
         """
         length = sum(len(job.body) for job in jobs)
 
-        def write(db: Connection) -> list[Any]:
+        def write(db: Connection) -> None:
             self._require_room(length)
             self.facts["queue_bytes"] += length
-            numbers = []
             for job in jobs:
-                job.received = time.time()
+                job.received = time()
                 same = db.execute(self.SAME, vars(job)).fetchone()
                 new = db.execute(self.RETRY if same else self.INSERT, vars(job))
-                numbers.append(same[0] if same else new.lastrowid)
-            return numbers
+                job.number, job.body = int(same[0] if same else new.lastrowid or 0), b""
 
-        return list(self._write(write))
+        self._write(write)
 
     def retry(self, id_: str = "") -> int:
         """Retry the failed alerts of this id, or all; return how many. Raises QueueError."""
@@ -920,8 +923,10 @@ class Queue:
     def backfilled(self, until: float = 0.0) -> float:
         """Return until when backfill has seen all (0: never), or note it. Raises QueueError."""
         if until:
-            self._write(lambda db: db.execute(self.NOTE, (until,)))
-        return float(self.read(self.NOTED)[0][0])
+            note = "INSERT OR REPLACE INTO notes VALUES ('backfilled', ?)"
+            self._write(lambda db: db.execute(note, (until,)))
+        rows = self.read("SELECT value FROM notes WHERE name = 'backfilled'")
+        return float(rows[0]["value"] if rows else 0)
 
     def settle(self, job: Job) -> None:
         """Have what became of a taken job written with the next commit. Waits for nothing."""
@@ -1031,7 +1036,7 @@ class Queue:
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorname != "SQLITE_BUSY" or monotonic() > deadline:
                     raise
-            time.sleep(random.uniform(0.0005, 0.003))
+            sleep(random.uniform(0.0005, 0.003))
 
     def _checkpoint(self) -> None:
         """Copy a large write-ahead log into the file. Raises sqlite3.Error.
@@ -1067,7 +1072,7 @@ class Queue:
             )
         self._wal = os.path.getsize(self.path + "-wal")
         values = {
-            "now": time.time(),
+            "now": time(),
             "excess": max(0, self._wal - 2 * WAL_SIZE),
             "max_size": self.max_size,
             "disk": shutil.disk_usage(self.path).free,
@@ -1135,11 +1140,6 @@ class Queue:
         except QueueError as error:
             found.append(error_json(error.type, str(error)))
         return found + [dict(row) for row in self.read(self.PROBLEMS)]
-
-    def failures(self) -> Iterator[Json]:
-        """Return each failed alert: `id`, `received`, `tries`, `error`. Raises QueueError."""
-        for (text,) in self.read(self.FAILED):
-            yield json.loads(text)
 
     def close(self, limit: float = 30) -> None:
         """Write what waits, for `limit` seconds at most, and close."""
@@ -1233,46 +1233,52 @@ CREDENTIALS = (
     "ConfigParseError|InvalidConfigError|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|"
     "ExpiredToken|InvalidClientTokenId|MetadataRetrievalError)"
 )
-ADVICE = {  # what to do, by type of error and its text; the first that matches counts
-    "s3_.*CERTIFICATE_VERIFY_FAILED": (
-        "Check this machine's clock. For a private CA name its PEM file in AWS_CA_BUNDLE"
-    ),
-    ".*CERTIFICATE_VERIFY_FAILED": (
-        "Check this machine's clock. For a private CA name its PEM file in SSL_CERT_FILE"
-    ),
-    CREDENTIALS: (
-        "Check the AWS credentials: the instance's role, or secrets/aws_credentials. For a role "
-        "behind a proxy set NO_PROXY=169.254.169.254"
-    ),
-    "threatstack_unauthorized": (
-        "Check [threatstack] api_key; for a v2 key set auth = hawk, user_id and organization_id, "
-        "and check this machine's clock"
-    ),
-    "threatstack_forbidden": "Allow [threatstack] api_key to read alerts",
-    "threatstack_(not_found|wrong_detail|bad_answer)": (
-        "The API may lag. If all alerts fail so, check [threatstack] base_url"
-    ),
-    "threatstack_rate_limited": "No action needed: ts3d waits as long as the API asks",
-    "s3_403": (
-        "Check [s3] endpoint_url. Allow s3:PutObject and, for backfill, s3:GetObject and "
-        "s3:ListBucket; see README.md"
-    ),
-    "s3_AccessDenied": "Allow s3:PutObject on the bucket's objects, and its KMS key; see README.md",
-    "s3_(NoSuchBucket|InvalidBucketName)": "Correct [s3] bucket",
-    "s3_RequestTimeTooSkewed": "Set this machine's clock: timedatectl set-ntp yes",
-    "s3_NotImplemented": "Use a store that accepts SHA-256 checksums (x-amz-checksum-sha256)",
-    "s3_KMS": "Check SSEKMSKeyId and its key policy: an enabled symmetric key in the same region",
-    "s3_(InvalidRequest|InvalidArgument|InvalidStorageClass)": (
-        "Check [s3:put_object]; for Object Lock prefer the bucket's default retention"
-    ),
-    ".*Proxy|[a-z0-9]+_407": "Check the proxy that HTTPS_PROXY or HTTP_PROXY names",
-    f"{UNKNOWN}|[a-z0-9]+_(5..|SlowDown|InternalError|ServiceUnavailable)": (
-        "No action needed: ts3d retries. If it lasts, check the network, [s3] endpoint_url and "
-        "[threatstack] base_url"
-    ),
-    "s3_": "Check [s3] endpoint_url and region, DNS, firewall and proxy",
-    "": "Check [threatstack] base_url, DNS, firewall and proxy",
-}
+# What to do, by a regular expression for type and text of an error; the first that matches counts.
+ADVICE = re.findall(
+    r"(?m)^(\S+)\n +(.+(?:\n +.+)*)",
+    f"""
+s3_.*CERTIFICATE_VERIFY_FAILED
+    Check this machine's clock. For a private CA name its PEM file in AWS_CA_BUNDLE
+.*CERTIFICATE_VERIFY_FAILED
+    Check this machine's clock. For a private CA name its PEM file in SSL_CERT_FILE
+{CREDENTIALS}
+    Check the AWS credentials: the instance's role, or secrets/aws_credentials. For a role
+    behind a proxy set NO_PROXY=169.254.169.254
+threatstack_unauthorized
+    Check [threatstack] api_key; for a v2 key set auth = hawk, user_id and organization_id,
+    and check this machine's clock
+threatstack_forbidden
+    Allow [threatstack] api_key to read alerts
+threatstack_(not_found|wrong_detail|bad_answer)
+    The API may lag. If all alerts fail so, check [threatstack] base_url
+threatstack_rate_limited
+    No action needed: ts3d waits as long as the API asks
+s3_403
+    Check [s3] endpoint_url. Allow s3:PutObject and, for backfill, s3:GetObject and
+    s3:ListBucket; see README.md
+s3_AccessDenied
+    Allow s3:PutObject on the bucket's objects, and its KMS key; see README.md
+s3_(NoSuchBucket|InvalidBucketName)
+    Correct [s3] bucket
+s3_RequestTimeTooSkewed
+    Set this machine's clock: timedatectl set-ntp yes
+s3_NotImplemented
+    Use a store that accepts SHA-256 checksums (x-amz-checksum-sha256)
+s3_KMS
+    Check SSEKMSKeyId and its key policy: an enabled symmetric key in the same region
+s3_(InvalidRequest|InvalidArgument|InvalidStorageClass)
+    Check [s3:put_object]; for Object Lock prefer the bucket's default retention
+.*Proxy|[a-z0-9]+_407
+    Check the proxy that HTTPS_PROXY or HTTP_PROXY names
+{UNKNOWN}|[a-z0-9]+_(5..|SlowDown|InternalError|ServiceUnavailable)
+    No action needed: ts3d retries. If it lasts, check the network, [s3] endpoint_url and
+    [threatstack] base_url
+s3_
+    Check [s3] endpoint_url and region, DNS, firewall and proxy
+threatstack_
+    Check [threatstack] base_url, DNS, firewall and proxy
+""",
+)
 
 
 def kind_of_error(type_: str, status: int) -> str:
@@ -1303,9 +1309,8 @@ def advice(error: str) -> str:
         file = environ.get(name, "")
         if file and (not exists(file) or "X509" in error):
             return f"{name} names {file}, which does not exist or has no certificate. Correct it"
-    return next(
-        text for pattern, text in ADVICE.items() if re.match(pattern, error, re.DOTALL)
-    )
+    advised = [text for pattern, text in ADVICE if re.match(pattern, error, re.DOTALL)]
+    return " ".join(advised[0].split())
 
 
 class UpstreamError(Exception):
@@ -1344,15 +1349,15 @@ def skew_of(date: str | None) -> float | None:
     """Return the seconds by which this clock is ahead of an HTTP date (RFC 9110, 5.6.7)."""
     with suppress(ValueError, TypeError, OverflowError):
         moment = parsedate_to_datetime(date or "")
-        return time.time() - moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+        return time() - moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
     return None
 
 
 def proxy_of(target: str) -> str:
     """Return ` through proxy URL`, without a password, if the environment names one for a URL."""
     parts = urlsplit(target)
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+    proxy = getproxies().get(parts.scheme)
+    if not proxy or proxy_bypass(parts.hostname or ""):
         return ""
     return " through proxy " + re.sub("//[^/]*@", "//", proxy)
 
@@ -1382,7 +1387,7 @@ class CircuitBreaker:
         # The error that opened it; None while it is closed.
         self.open_for: UpstreamError | None = None
         # Times of the monotonic clock.
-        self.probe_at = self.worked_at = self._retry_at = 0.0
+        self.probe_at = self.worked_at = 0.0
         self._opened_at = 0.0  # 0: closed
         self._failures = 0  # in a row; while open, failed probes
         self._breaker_lock = Lock()
@@ -1428,9 +1433,8 @@ class CircuitBreaker:
             return self.success(started)
         now = monotonic()
         with self._breaker_lock:
-            self._retry_at = max(self._retry_at, now + error.retry_after)
-            self.probe_at = max(self.probe_at, self._retry_at)
             if started < self._opened_at:
+                self.probe_at = max(self.probe_at, now + error.retry_after)
                 return
             self._failures += 1
             opens = not self.open_for
@@ -1438,9 +1442,8 @@ class CircuitBreaker:
                 return
             if opens:
                 self._opened_at, self._failures = now, 0
-            pause = backoff(self._failures, 1, MAX_PROBE_PAUSE)
-            self.probe_at = max(now + pause, self._retry_at)
-            self.open_for = error
+            pause = max(backoff(self._failures, 1, MAX_PROBE_PAUSE), error.retry_after)
+            self.open_for, self.probe_at = error, now + pause
         if opens:
             warning(f"{self.name} unavailable: {error}")
         else:
@@ -1452,7 +1455,7 @@ class CircuitBreaker:
 # --------------------------------------------------------------------------------------------------
 
 
-class AnyStatus(urllib.request.HTTPErrorProcessor):
+class AnyStatus(HTTPErrorProcessor):
     """Returns answers of any status. So it follows no redirect: the key would go along."""
 
     def http_response(self, request: Any, response: Any) -> Any:
@@ -1470,7 +1473,7 @@ def hawk(config: Config, target: str) -> str:
     parts = urlsplit(target)
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     path = target.split("/", 3)[3]
-    now, nonce, ext = int(time.time()), secrets.token_urlsafe(9), config.organization_id
+    now, nonce, ext = int(time()), secrets.token_urlsafe(9), config.organization_id
     text = f"hawk.1.header\n{now}\n{nonce}\nGET\n/{path}\n{parts.hostname}\n{port}\n\n{ext}\n"
     digest = hmac.digest(config.api_key.encode(), text.encode(), "sha256")
     mac = base64.b64encode(digest).decode()
@@ -1512,16 +1515,16 @@ class ThreatStack(CircuitBreaker):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._parsing = Lock()  # hostile JSON takes 25 times its size: one at a time
+
         # Proxies are those of the environment. This reads the system's certificates.
-        https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
-        self._opener = urllib.request.build_opener(https, AnyStatus)
+        https = HTTPSHandler(context=ssl.create_default_context())
+        self._opener = build_opener(https, AnyStatus)
 
     def get(self, path: str, id_: str | None = None) -> bytes:
         """GET `path`; return its JSON, which is that of alert `id_`. Raises UpstreamError."""
         body = self._fetch(self.config.base_url + path)
         try:
-            with self._parsing:
+            with PARSING:
                 expected = is_expected(body, path, id_)
         except Malformed as error:
             raise self.error("bad_answer", f"the answer is {error}") from None
@@ -1532,20 +1535,20 @@ class ThreatStack(CircuitBreaker):
 
     def _fetch(self, target: str) -> bytes:
         """Return the body of the 200 to GET `target`. Raises UpstreamError."""
-        limit, headers = self.config.timeout, {"User-Agent": f"ts3d/{VERSION}"}
-        headers["Authorization"] = self.config.api_key
+        limit = self.config.timeout
+        headers = {"User-Agent": f"ts3d/{VERSION}", "Authorization": self.config.api_key}
         if self.config.auth == "hawk":
             headers["Authorization"] = hawk(self.config, target)
         elif self.config.organization_id:
             headers["Organization"] = self.config.organization_id
-        request = urllib.request.Request(target, headers=headers)
+        request = Request(target, headers=headers)
         deadline = monotonic() + limit
         # A third of it for each address of the name, or at least 10 s.
         pause = max(limit / 3, min(limit, 10.0))
         try:
             with self._opener.open(request, timeout=pause) as response:
                 body = self._read(response, deadline)
-        except urllib.error.URLError as error:
+        except URLError as error:
             text = f"{self.config.base_url} cannot be reached{proxy_of(target)}: {error.reason}"
             raise self.error("unreachable", text) from None
         except TimeoutError:
@@ -1608,7 +1611,7 @@ class ThreatStack(CircuitBreaker):
         if self.config.auth == "hawk":
             self._fetch(urljoin(base, "/help/hawk/self-test"))
             # That was at the host's root; this tests the path.
-            now = time.time()
+            now = time()
             day = f"&from={rfc_3339(now - 86400)}&until={rfc_3339(now)}"
             self.list(f"/alerts?status=active{day}")
         else:
@@ -1638,18 +1641,17 @@ class S3(CircuitBreaker):
         super().__init__(config)
         self.endpoint = config.endpoint_url or "https://s3.amazonaws.com"
         self._client: Any = None
-        self._extra: Json = {}
         self._connecting = Lock()
 
     def client(self) -> Any:
-        """Return the one client, made at first use. Raises ConfigError, UpstreamError."""
+        """Return the one client and [s3:put_object]. Raises ConfigError, UpstreamError."""
         with self._connecting:  # making a client is not thread-safe, using it is
             if not self._client:
                 self._client = self._connect()
             return self._client
 
     def _connect(self) -> Any:
-        """Return a new client. Raises ConfigError, UpstreamError."""
+        """Return a new client and [s3:put_object]. Raises ConfigError, UpstreamError."""
         try:
             import boto3
             import botocore.config
@@ -1665,10 +1667,10 @@ class S3(CircuitBreaker):
             client = session.client(
                 "s3", endpoint_url=self.config.endpoint_url, config=options
             )
-        except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"{self.config.file}: [s3] or boto3: {error}. Correct it"
-            ) from None
+        except (AttributeError, ImportError, ValueError) as error:
+            # Not an outage: what was imported by half stays so until a restart.
+            text = f"{self.config.file}: [s3]: {error}. Correct it, or apt install python3-boto3"
+            raise ConfigError(text) from None
         except Exception as error:  # boto3's exceptions have no common class
             raise self._failure(error) from None
         self.endpoint = client.meta.endpoint_url.rstrip("/")
@@ -1682,10 +1684,9 @@ class S3(CircuitBreaker):
                 f"{self.config.file}: [s3] endpoint_url = {self.endpoint} has the bucket's name "
                 f"in it. Set endpoint_url = {right}"
             )
-        self._extra = self._parameters(client)
         # Expect costs a round trip, and a second with a server that ignores it. It is not signed.
         client.meta.events.register("before-sign.s3.PutObject", without_expect)
-        return client
+        return client, self._parameters(client)
 
     def _parameters(self, client: Any) -> Json:
         """Return [s3:put_object] with the types of botocore's model. Raises ConfigError."""
@@ -1726,16 +1727,16 @@ class S3(CircuitBreaker):
 
         With `IfNoneMatch = *` an object that exists stays as it is.
         """
-        self.client()
+        client, parameters = self.client()
         answer = self._call(
-            "put_object",
-            412 if "IfNoneMatch" in self._extra else None,
+            client.put_object,
+            412 if "IfNoneMatch" in parameters else None,
             Key=self.key(name),
             Body=body,
             ContentType=content_type,
             ChecksumAlgorithm="SHA256",  # Object Lock demands this header too
             ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
-            **self._extra,
+            **parameters,
         )
         # botocore takes any 200 for success, also a proxy's page.
         if answer is not None and not answer.get("ETag"):
@@ -1744,21 +1745,18 @@ class S3(CircuitBreaker):
 
     def exists(self, name: str) -> bool:
         """Return whether an object exists. Raises ConfigError, UpstreamError."""
-        self.client()
+        client, parameters = self.client()
         # A customer's key (SSE-C) is needed for reading too.
-        extra = {
-            name: value for name, value in self._extra.items() if "SSECustomer" in name
-        }
-        return self._call("head_object", 404, Key=self.key(name), **extra) is not None
+        keys = {part: parameters[part] for part in parameters if "SSECustomer" in part}
+        return self._call(client.head_object, 404, Key=self.key(name), **keys) is not None
 
-    def _call(self, operation: str, expected: int | None, **parameters: Any) -> Any:
-        """Call an operation on the bucket; return the answer, or None for an expected status.
+    def _call(self, function: Any, expected: int | None, **parameters: Any) -> Any:
+        """Call boto3 for the bucket; return the answer, or None for an expected status.
 
-        Raises ConfigError, UpstreamError.
+        Raises UpstreamError.
         """
-        client = self.client()
         try:
-            answer = getattr(client, operation)(Bucket=self.config.bucket, **parameters)
+            answer = function(Bucket=self.config.bucket, **parameters)
         except Exception as error:  # boto3's exceptions have no common class
             failure = self._failure(error)
             if failure.status == expected:
@@ -1778,16 +1776,13 @@ class S3(CircuitBreaker):
         # Why, of a botocore exception.
         detail = getattr(error, "kwargs", {}).get("error", "")
         text = f"{problem.get('Message') or error} ({cause}) {detail}".strip()
+
         # botocore follows a redirect that names no region until the stack is used up.
         if "maximum recursion depth" in text:
             cause, status, text = "PermanentRedirect", 301, "redirects have no end"
         if cause == "NoSuchBucket":
             text = f"bucket {self.config.bucket} does not exist ({cause})"
-        region = headers.get("x-amz-bucket-region") or problem.get("Region")
-        if region and status in (301, 400):
-            text += f". The bucket is in {region}: set [s3] region = {region}"
-        text += proxy_of(self.endpoint)
-        failure = self.error(cause, text, status, headers)
+        failure = self.error(cause, text + proxy_of(self.endpoint), status, headers)
         if re.match(CREDENTIALS, failure.type):
             self._client = None  # botocore reads a credentials file only once
         return failure
@@ -1891,16 +1886,18 @@ class Archiver:
     def wait(self, numbers: list[int]) -> dict[int, Json | None]:
         """Wait for these jobs, at most [server] wait; return the errors of those not archived.
 
-        Waits no longer once an upstream is unavailable. Raises QueueError.
+        Waits no longer once an upstream is unavailable.
         """
         # A dict's methods are atomic. A future that was taken out is resolved once.
         waiting = {
             number: self._waiting.setdefault(number, Future()) for number in numbers
         }
-        queued = self.queue.errors(numbers)  # some may be archived already
-        if self.config.workers and not self.stopping and not self.problem():
-            wait_for([waiting[number] for number in queued], self.config.wait)
-            queued = self.queue.errors(queued)
+        queued = dict.fromkeys(numbers)
+        with suppress(QueueError):  # they are on disk: that is what the answer says
+            queued = self.queue.errors(numbers)  # some may be archived already
+            if self.config.workers and not self.stopping and not self.problem():
+                wait_for([waiting[number] for number in queued], self.config.wait)
+                queued = self.queue.errors(queued)
         problem = self.problem()
         for number in numbers:
             self._waiting.pop(number, None)
@@ -1930,10 +1927,9 @@ class Archiver:
         while not self.stopping:
             expect_progress_within(LONGEST_TURN)
             self.wake.clear()
-            for pool in (
-                self.pools
-            ):  # the store pool first: its probe of S3 needs no call of the API
-                for lane in pool.lanes if is_low(pool) else ():
+            # The store pool first: its probe of S3 needs no call of the API.
+            for pool in filter(is_low, self.pools):
+                for lane in pool.lanes:
                     with suppress(QueueError):  # logged
                         self._fill(pool, lane)
             self.wake.wait(0.25)  # jobs become due, and other processes queue some
@@ -1943,7 +1939,7 @@ class Archiver:
         n = pool.size - pool.jobs.qsize()
         for upstream in pool.upstreams:
             n = upstream.allowance(n)
-        for job in self.queue.take(lane, n) if n > 0 else ():
+        for job in self.queue.take(lane, n):
             for upstream in pool.upstreams:
                 if upstream.open_for:
                     job.probe = True
@@ -1963,16 +1959,13 @@ class Archiver:
             except UpstreamError as error:
                 self._put_off(job, error)
             except Exception as error:  # a bug, or a disk that fails; this thread goes on
-                job.due, job.error_type = monotonic() + 10, "internal"
-                job.error_message, job.error_since = explain(error), time.time()
-                text = "alert failed, will be retried"
-                log_error(text, id=job.id, error=job.error_message)
+                job.due, job.error_since = monotonic() + 10, time()
+                job.error_type, job.error_message = "internal", explain(error)
+                log_error("alert will be retried", id=job.id, error=job.error_message)
             self.queue.settle(job)
             if job.done:
                 self.stop_waiting(job.number)
-            if is_low(pool) or is_low(
-                self.pools[-1]
-            ):  # which may get the job's next step
+            if is_low(pool) or is_low(self.pools[-1]):  # which may get the next step
                 self.wake.set()
             expect_progress_within(math.inf)  # until the next job
 
@@ -1984,15 +1977,15 @@ class Archiver:
         kinds, rejected = [job.source], job.source == "rejected"
         if job.step == job.source:
             content_type = "application/octet-stream" if rejected else "application/json"
-            body = self.queue.read(Queue.BODY, job.number)[0]["body"]
-            self.s3.call(self.s3.put, name_of(job.source, job), body, content_type)
+            (row,) = self.queue.read("SELECT body FROM jobs WHERE number = ?", job.number)
+            self.s3.call(self.s3.put, name_of(job.source, job), row["body"], content_type)
             job.step = "events"
             if not rejected:
                 return
         else:
             kinds += self._put_detail(job)
         job.done = True
-        age = max(0.0, time.time() - job.received)
+        age = max(0.0, time() - job.received)
         if not rejected:
             add("ts3d_alerts_archived_total")
             add("ts3d_archive_seconds_sum", age)
@@ -2026,7 +2019,7 @@ class Archiver:
         upstream = self.s3 if error.upstream == "s3" else self.threatstack
         failed_before, job.failed_at = job.failed_at, monotonic()
         if job.error_type != error.type:
-            job.error_since = time.time()
+            job.error_since = time()
             if error.type == NOT_FOUND:  # its hour is one of 404s
                 failed_before = job.failing = 0.0
         job.error_type, job.error_message = error.type, str(error)
@@ -2062,19 +2055,20 @@ class Archiver:
 WEBHOOKS = "/api/v1/s3/alert"
 SMALL_BODY = 64 << 10  # bytes; of other bodies at most eight are read and parsed at once
 LARGE_BODIES = threading.Semaphore(8)
-PARSING = Lock()  # hostile JSON takes 25 times its size: one at a time
-HEAD_BYTES = 64 << 10
-LINE_BYTES = HEAD_BYTES // 100  # each line counts as so many at least: 100 lines at most
+
+HEAD_BYTES = 64 << 10  # of a request line and its headers, which have 100 lines at most
 NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(rf"({NAME}{{1,64}}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n")
 # RFC 9112, 5.1 and 5.2: no folded line and no blank before the colon matches.
-FIELD_LINE = re.compile(rf"(?:({NAME}+):([\t\x20-\x7e\x80-\xff]*))?\r\n")
+FIELDS = rf"((?:{NAME}+:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
+HEAD = re.compile(rf"({NAME}{{1,64}}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n{FIELDS}")
+TRAILERS = re.compile(FIELDS)
+CHUNK = re.compile(r"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 EMPTY_LINE = re.compile("\r\n")
-CHUNK_LINE = re.compile(r"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
 KEPT = "The body is kept in S3 under rejected/"
-ALERT_FORM = (
-    "Send an id (4 to 128 of A-Z a-z 0-9 _ -) and created_at (milliseconds or ISO 8601)"
+INVALID = (
+    "{}. Send an id (4 to 128 of A-Z a-z 0-9 _ -) and created_at (milliseconds or ISO 8601). "
+    f"{KEPT}"
 )
 
 
@@ -2115,12 +2109,12 @@ class Server:
         listener.settimeout(0.25)
         while not self.stopping:
             expect_progress_within(LONGEST_TURN)
+            self._limit()
             connection: Any = None
             try:
                 connection, address = listener.accept()
                 # It is counted here: `stop` must not miss one whose thread has yet to begin.
                 self.enter(connection, "receiving")
-                self._limit()
                 client = "local"
                 if isinstance(address, tuple):  # not a Unix socket's
                     client = address[0]
@@ -2128,13 +2122,12 @@ class Server:
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
                 start_thread("connection", self._serve, connection, client)
             except TimeoutError:
-                self._limit()
+                pass
             except (OSError, RuntimeError) as error:  # no client, file, memory or thread
                 debug("connection not accepted", error=error)
                 if connection:
                     self._close(connection)
-                self._limit()
-                time.sleep(0.002)  # the socket may stay readable: this loop must not spin
+                sleep(0.002)  # the socket may stay readable: this loop must not spin
         listener.close()
 
     def _serve(self, connection: Any, client: str) -> None:
@@ -2186,7 +2179,7 @@ class Server:
         self._limits["idle"] = 0.3
         while self._phases and monotonic() < deadline:
             self._limit()
-            time.sleep(0.02)
+            sleep(0.02)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2232,11 +2225,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.payload["error"] = error_json(type_, text)
             self.notes["error"] = text
         self.log_answer(status)
-        if status:
-            self.answer(status, "".join(headers))
+        self.answer(status, *headers)
 
     def refusal(self, error: Exception) -> Refusal:
-        """Return how a request is refused after an error; status 0: the client is gone."""
+        """Return how a request is refused after an error."""
         if isinstance(error, Refusal):
             return error
         if isinstance(
@@ -2251,13 +2243,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if monotonic() - self.started > self.server.config.request_timeout:
             text = "the request did not arrive within [server] request_timeout. Send it faster"
             return Refusal(408, "timeout", text)
-        self.close_connection = True
-        return Refusal(0, "gone", str(error))
+        return Refusal(400, "incomplete_request", f"{error}. Send all of it")
 
     def log_answer(self, status: int) -> None:
         """Log and count an answer, before it is sent: its reader must find it in the log."""
         lost = self.command == "POST" and status == 404  # a wrong URL loses every webhook
-        if status and (lost or self.target == WEBHOOKS):
+        if lost or self.target == WEBHOOKS:
             add("ts3d_webhooks_total", label=f'{{status="{status}"}}')
         severity = logging.WARNING if lost or status >= 500 else logging.INFO
         if status == 200 and self.target != WEBHOOKS:
@@ -2268,7 +2259,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0][:200]  # the query may have the token
         log_event(
             severity,
-            f"{self.command} {path} {status or '-'}",
+            f"{self.command} {path} {status}",
             request=self.id,
             client=self.client_address,
             **self.notes,
@@ -2279,13 +2270,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal, OSError."""
-        self.left = HEAD_BYTES
         if self.rfile.peek(1)[:1] == b"\r":  # RFC 9112, 2.2: ignore one empty line
-            self.read_line(EMPTY_LINE, "the request line")
-        self.command, self.path, minor = self.read_line(REQUEST_LINE, "the request line")
+            self.read_lines(EMPTY_LINE)
+        self.command, self.path, minor, text = self.read_lines(HEAD)
         # Without scheme and host (RFC 9112, 3.2.2), a slash at its end, and the query.
         self.target = re.sub(r"(?i)^https?://[^/?]*|/?(\?.*)?$", "", self.path)
-        fields = self.fields = self.read_fields()
+        fields = self.fields
+        for name, value in re.findall("(.+?):(.*)\r", text):
+            name, value = name.lower(), value.strip(" \t")
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
         if ("host" not in fields and minor > "0") or not HOST.fullmatch(fields["host"]):
             raise self.malformed("there must be one valid Host header")
         length = fields.get("content-length", "0")
@@ -2307,28 +2300,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the refusal of a request that is not HTTP/1.1 as RFC 9112 defines it."""
         return Refusal(400, "malformed_request", f"{text}. Correct the client (RFC 9112)")
 
-    def read_fields(self) -> Json:
-        """Read headers or trailers; of one name the values are joined. Raises Refusal, OSError."""
-        fields: Json = defaultdict(str)
-        while True:
-            name, value = self.read_line(FIELD_LINE, "a header")
-            if not name:
-                return fields
-            name, value = name.lower(), value.strip(" \t")
-            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    def read_lines(self, pattern: re.Pattern[str]) -> Any:
+        """Read what the pattern describes: a line, or lines up to an empty one; return its groups.
 
-    def read_line(self, pattern: re.Pattern[str], what: str) -> Any:
-        """Read a line within `left` bytes, return the pattern's groups. Raises Refusal, OSError."""
-        line = self.rfile.readline(self.left)
-        self.left -= max(len(line), LINE_BYTES)
-        if self.left <= 0:
-            text = f"over {HEAD_BYTES} bytes or 100 lines of headers. Send fewer"
-            raise Refusal(431, "head_too_large", text)
-        if match := pattern.fullmatch(line.decode("latin-1")):
+        Raises Refusal, OSError.
+        """
+        lines = line = b""
+        several = pattern in (HEAD, TRAILERS)
+        while not lines or (several and line.strip()):
+            line = self.rfile.readline(HEAD_BYTES - len(lines))
+            lines += line
+            if len(lines) == HEAD_BYTES or lines.count(b"\n") > 102:
+                text = f"over {HEAD_BYTES} bytes or 100 lines of headers. Send fewer"
+                raise Refusal(431, "head_too_large", text)
+            if not line.endswith(b"\n"):
+                raise ConnectionResetError("closed in the middle of a request")
+        if match := pattern.fullmatch(lines.decode("latin-1")):
             return match.groups()
-        if line.endswith(b"\n"):
-            raise self.malformed(f"{what} is malformed, or a line does not end with CRLF")
-        raise ConnectionResetError("closed in the middle of a request")
+        raise self.malformed("a header is malformed, or a line does not end with CRLF")
 
     def read_body(self) -> bytes:
         """Read the body. Raises Refusal, OSError."""
@@ -2338,8 +2327,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while True:
             n = self.length - received
             if self.chunked:
-                self.left = HEAD_BYTES
-                n = int(self.read_line(CHUNK_LINE, "a chunk's size")[0], 16)
+                n = int(self.read_lines(CHUNK)[0], 16)
             if not n:
                 break
             received += n
@@ -2350,9 +2338,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if len(pieces[-1]) < n:
                 raise ConnectionResetError("closed in the middle of a body")
             if self.chunked:
-                self.read_line(EMPTY_LINE, "a chunk's end")
+                self.read_lines(EMPTY_LINE)
         if self.chunked:
-            self.read_fields()  # trailers
+            self.read_lines(TRAILERS)
         self.unread = False
         self.server.enter(self.request, "answering")
         return b"".join(pieces)  # of one piece this is no copy
@@ -2365,10 +2353,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         presented = parse_qs(query, encoding="latin-1").get("token", [])
         presented += re.findall("(?i)^bearer +(.*)", self.fields["authorization"])
         tokens = (getattr(self.server.config, option) or "").split()
-        matches = False  # all pairs are compared, each in constant time
-        for secret, other in itertools.product(tokens, presented):
-            matches |= hmac.compare_digest(secret.encode(), other.encode("latin-1"))
-        if not matches:
+        pairs = itertools.product(tokens, presented)  # all are compared, in constant time
+        if not any(
+            [hmac.compare_digest(a.encode(), b.encode("latin-1")) for a, b in pairs]
+        ):
             text = f"present [server] {option} as Authorization: Bearer TOKEN or as ?token=TOKEN"
             scheme = 'WWW-Authenticate: Bearer realm="ts3d"\r\n'
             raise Refusal(401, "unauthorized", text, scheme)
@@ -2382,67 +2370,54 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.authorize("webhook_token")
         large = self.chunked or self.length > SMALL_BODY
         with LARGE_BODIES if large else nullcontext():
-            numbers = self.acknowledge()  # what waits for S3 after this needs no body
-        queued = dict.fromkeys(numbers)
-        with suppress(QueueError):  # they are on disk: that is what the answer says
-            queued = self.server.archiver.wait(numbers)
-        accepted = [state for state in self.states if state["state"] == "queued"]
-        for state, number in zip(accepted, numbers, strict=True):
-            if number not in queued:
-                state["state"] = "archived"
-            elif queued[number]:
-                state["error"] = queued[number]
+            alerts, refusal = (
+                self.acknowledge()
+            )  # they have no bodies while they wait for S3
+        errors = self.server.archiver.wait(
+            [a.number for a in alerts if isinstance(a, Job)]
+        )
+        self.payload["alerts"] = [state_of(alert, errors) for alert in alerts]
+        if refusal:
+            raise refusal
 
-    def acknowledge(self) -> list[int]:
-        """Put a webhook on disk; return the numbers of its alerts' jobs.
+    def acknowledge(self) -> tuple[list[Job | Malformed], Refusal | None]:
+        """Put a webhook on disk; return its alerts, and its refusal if none is valid.
 
         Raises Refusal, QueueError, OSError.
         """
-        body = self.read_body()
-        jobs, refusal = self.read_alerts(body)
-        accepted, rejected = len(jobs), len(self.states) - len(jobs)
+        body, refusal = self.read_body(), None
+        alerts: list[Job | Malformed] = []
+        coding = self.fields["content-encoding"].lower()
+        if coding in ("", "identity"):
+            try:
+                with PARSING:
+                    alerts = read_webhook(body)
+            except Malformed as error:
+                text = f'{error}. Send {{"alerts": [ALERT, …]}}. {KEPT}'
+                refusal = Refusal(400, "malformed_webhook", text)
+        else:
+            text = f"Content-Encoding: {coding} is not supported. Send the body as it is. {KEPT}"
+            refusal = Refusal(415, "unsupported_encoding", text)
+        jobs = [alert for alert in alerts if isinstance(alert, Job)]
+        invalid = [
+            INVALID.format(alert) for alert in alerts if isinstance(alert, Malformed)
+        ]
+        accepted, rejected = len(jobs), len(invalid)
         self.notes |= {"bytes": len(body), "alerts": accepted, "rejected": rejected}
-        if refusal or rejected:  # nothing that presented the token is lost
+        if invalid:
+            self.notes["error"] = invalid[-1]
+        if invalid and not jobs:
+            refusal = Refusal(400, "invalid_alert", invalid[0])
+        if refusal or invalid:  # nothing that presented the token is lost
             digest = self.notes["kept"] = hashlib.sha256(body).hexdigest()
-            jobs.append(Job(digest, minute_of(time.time()), "rejected", "rejected", body))
-        numbers = self.server.queue.put(jobs)[:accepted]
+            jobs.append(Job(digest, minute_of(time()), "rejected", "rejected", body))
+        self.server.queue.put(jobs)
+        self.server.archiver.wake.set()
         add("ts3d_acknowledgement_seconds_sum", monotonic() - self.started)
         add("ts3d_acknowledgement_seconds_count")
         add("ts3d_alerts_received_total", accepted)
         add("ts3d_alerts_rejected_total", rejected)
-        self.server.archiver.wake.set()
-        self.payload["alerts"] = self.states
-        if refusal:
-            raise refusal
-        return numbers
-
-    def read_alerts(self, body: bytes) -> tuple[list[Job], Refusal | None]:
-        """Return a webhook's jobs, and its refusal if no alert is valid. Sets `states`."""
-        jobs: list[Job] = []
-        self.states: list[Json] = []  # of all alerts, as the answer shows them
-        coding = self.fields["content-encoding"].lower()
-        if coding not in ("", "identity"):
-            text = f"Content-Encoding: {coding} is not supported. Send the body as it is. {KEPT}"
-            return jobs, Refusal(415, "unsupported_encoding", text)
-        try:
-            with PARSING:
-                alerts = read_webhook(body)
-        except Malformed as error:
-            text = f'{error}. Send {{"alerts": [ALERT, …]}}. {KEPT}'
-            return jobs, Refusal(400, "malformed_webhook", text)
-        for alert in alerts:
-            self.states.append({"id": alert.id, "state": "queued"})
-            if isinstance(alert, Job):
-                jobs.append(alert)
-                continue
-            self.notes["error"] = text = f"{alert}. {ALERT_FORM}. {KEPT}"
-            self.states[-1] |= {
-                "state": "rejected",
-                "error": error_json("invalid_alert", text),
-            }
-        if alerts and not jobs:
-            return jobs, Refusal(400, "invalid_alert", self.states[0]["error"]["message"])
-        return jobs, None
+        return alerts, refusal
 
     def metrics(self) -> None:
         """Answer Prometheus's metrics, for this machine or with the token. Raises Refusal."""
@@ -2462,7 +2437,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.payload[name] = self.server.queue.facts[name]
         self.server.queue.require_writable()
 
-    def answer(self, status: int, headers: str) -> None:
+    def answer(self, status: int, headers: str = "") -> None:
         """Send the answer; if the client may still be sending, let it read the answer first.
 
         Raises OSError.
@@ -2489,6 +2464,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             shut_down(self.request, socket.SHUT_WR)
             while self.rfile.read1(65536):
                 pass
+
+
+def state_of(alert: Job | Malformed, errors: dict[int, Json | None]) -> Json:
+    """Return an alert's state for the answer; `errors` has the jobs that are not archived."""
+    state: Json = {"id": alert.id, "state": "archived"}
+    error: Json | None = None
+    if isinstance(alert, Malformed):
+        state["state"], error = (
+            "rejected",
+            error_json("invalid_alert", INVALID.format(alert)),
+        )
+    elif alert.number in errors:
+        state["state"], error = "queued", errors[alert.number]
+    return state | {"error": error} if error else state
 
 
 def is_local(ip: str) -> bool:
@@ -2592,8 +2581,7 @@ def require_upstreams(config: Config) -> None:
     require(config, "bucket", "api_key")
     if config.auth == "hawk":
         require(config, "user_id", "organization_id")
-    if not importlib.util.find_spec("boto3"):
-        raise ConfigError("boto3 is missing. Install it: apt install python3-boto3")
+
     file = join(config.secrets, "aws_credentials")
     # Even if it is empty: commands run by hand must find no other credentials than the service.
     if exists(file):
@@ -2662,7 +2650,7 @@ def supervise(
     """
     late_before: list[str] = []
     while True:
-        time.sleep(0.5)
+        sleep(0.5)
         while signals:
             if signals.pop() != signal.SIGHUP:
                 return
@@ -2739,14 +2727,10 @@ def check_listen(config: Config) -> str:
 def check_queue(config: Config) -> str:
     """Say what is queued, or that the daemon can create a queue. Raises ConfigError, QueueError."""
     if not exists(config.path):
-        try:
+        with suppress(OSError):  # else `open_queue` says why
             create_file(config.path).close()
             os.remove(config.path)
-        except OSError as error:
-            raise ConfigError(
-                f"[queue] path = {config.path} cannot be written: {error}. Name another file"
-            ) from None
-        return f"{config.path} can be created"
+            return f"{config.path} can be created"
     with open_queue(config) as queue_:
         queue_.require_writable()
         return f"{config.path}: {queue_.facts['queued']} queued, {queue_.facts['failed']} failed"
@@ -2776,7 +2760,7 @@ def status(config: Config, failed: bool, as_json: bool) -> int:
         causes, facts = queue_.problems(), queue_.facts
         report: Json = {"running": running(config.path), **facts, "causes": causes}
         if failed:
-            report["failures"] = list(queue_.failures())
+            report["failures"] = [json.loads(row[0]) for row in queue_.read(Queue.FAILED)]
     if as_json:
         print(dumps(report))
     elif failed:
@@ -2791,19 +2775,17 @@ def status(config: Config, failed: bool, as_json: bool) -> int:
 def show_status(report: Json, path: str) -> None:
     """Print the status for people."""
     daemon = "running" if report["running"] else "not running"
-    age = timedelta(seconds=int(report["oldest_seconds"]))
-    oldest = f", oldest {age}" if report["queued"] else ""
-    hint = ": `ts3d status --failed` lists them, `ts3d retry` retries them"
-    hint = hint if report["failed"] else ""
+    oldest, hint = "", ""
+    if report["queued"]:
+        oldest = f", oldest {timedelta(seconds=int(report['oldest_seconds']))}"
+    if report["failed"]:
+        hint = ": `ts3d status --failed` lists them, `ts3d retry` retries them"
+    sizes = ("queue_bytes", "max_bytes", "disk_free_bytes")
+    used, limit, free = (f"{report[name] >> 20}M" for name in sizes)
     say(f"daemon   {daemon}")
     say(f"queued   {report['queued']}{oldest}")
     say(f"failed   {report['failed']}{hint}")
-    size, limit, free = (
-        report["queue_bytes"],
-        report["max_bytes"],
-        report["disk_free_bytes"],
-    )
-    say(f"disk     {size >> 20}M of {limit >> 20}M used, {free >> 20}M free: {path}")
+    say(f"disk     {used} of {limit} used, {free} free: {path}")
     print("\nCurrent problems:" if report["causes"] else "\nNo current problems.")
     for problem in report["causes"]:
         text = "{type} since {since}: {queued} queued, {failed} failed, such as {alert}"
@@ -2813,14 +2795,8 @@ def show_status(report: Json, path: str) -> None:
 
 def say(text: str) -> None:
     """Print for people, in lines of 79 columns that break between words."""
-    text = textwrap.fill(
-        printable(text),
-        79,
-        subsequent_indent="    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    print(text)
+    form: Json = {"break_long_words": False, "break_on_hyphens": False}
+    print(textwrap.fill(printable(text), 79, subsequent_indent="    ", **form))
 
 
 def retry(config: Config, ids: list[str]) -> int:
@@ -2830,20 +2806,18 @@ def retry(config: Config, ids: list[str]) -> int:
     failed, 2 wrong usage, 78 wrong configuration.
     """
     with open_queue(config) as queue_:
-        counts = {id_: queue_.retry(id_) for id_ in dict.fromkeys(ids) or [""]}
+        counts = {id_: queue_.retry(id_) for id_ in set(ids) or [""]}
     print(f"{sum(counts.values())} queued again")
-    missing = " ".join(id_ for id_ in ids if not counts[id_])
-    if missing:
-        raise QueueError(
-            f"there is no failed alert {missing}. List failed alerts: ts3d status --failed"
-        )
+    if missing := [id_ for id_ in ids if not counts[id_]]:
+        text = "there is no failed alert {}. List failed alerts: ts3d status --failed"
+        raise QueueError(text.format(" ".join(missing)))
     return 0
 
 
 def time_argument(text: str) -> float:
     """Return the seconds since the epoch of a time, date or age. Raises ArgumentTypeError."""
     if match := fullmatch("([0-9]{1,5})([smhd])", text):
-        return time.time() - int(match[1]) * TIME[match[2]]
+        return time() - int(match[1]) * TIME[match[2]]
     try:
         if "-" not in text:
             raise ValueError("is not a time such as 2026-11-24T18:00:00Z")
@@ -2869,7 +2843,7 @@ def backfill(config: Config, since: float | None, until: float | None) -> int:
         Counter[str](),
         " failed",
     )
-    now = time.time()
+    now = time()
     begin, end = since, min(until or now, now)  # one end for all pages
     try:
         with open_queue(config) as queue_:
@@ -2934,7 +2908,7 @@ def insist(call: Callable[[str], Any], name: str) -> Any:
             if lasts or refused or monotonic() + pause > deadline:
                 raise
             show_progress(f"waiting: {error}")
-            time.sleep(pause)
+            sleep(pause)
 
 
 def wait_for_room(queue_: Queue) -> None:
@@ -2946,7 +2920,7 @@ def wait_for_room(queue_: Queue) -> None:
                 raise QueueError(
                     f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status"
                 )
-            time.sleep(1)
+            sleep(1)
 
 
 def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> None:
@@ -2960,24 +2934,19 @@ def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> Non
         if isinstance(job, Malformed):
             log_error("backfill: invalid alert", id=job.id, error=job)
             # The time is only for the key, and the API has this alert's detail.
-            minute = minute_of(time.time())
+            minute = minute_of(time())
             job = Job(job.id or "", minute, "backfill", "backfill", literal.encode())
         if ALERT_ID.fullmatch(job.id):
             jobs[job.id] = job
         else:
             counts["invalid"] += 1
     # In this order: an alert that leaves the queue in between is in S3.
-    queued = {row[0] for row in queue_.read(Queue.QUEUED, dumps(list(jobs)))}
-    missing = []
-    for id_, job in jobs.items():
-        if id_ in queued:
-            counts["waiting"] += 1
-        elif insist(s3.exists, name_of("alerts", job)):
-            counts["archived"] += 1
-        else:
-            missing.append(job)
+    queued = {row["id"] for row in queue_.read(Queue.QUEUED, dumps(list(jobs)))}
+    others = [job for id_, job in jobs.items() if id_ not in queued]
+    missing = [job for job in others if not insist(s3.exists, name_of("alerts", job))]
     queue_.put(missing)
-    counts["queued"] += len(missing)
+    waiting, archived = len(jobs) - len(others), len(others) - len(missing)
+    counts.update(waiting=waiting, archived=archived, queued=len(missing))
 
 
 def show_progress(text: str) -> None:
@@ -2987,6 +2956,11 @@ def show_progress(text: str) -> None:
 
 
 COMMANDS = (serve, check, status, retry, backfill)
+DESCRIPTION = """Archives Threat Stack's alerts in AWS S3.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration."""
+BACKFILL_FROM = """a time (RFC 3339), a date (UTC) or an age such as 2h; default: an hour before the
+end of the last complete run, at first 24 hours ago"""
 
 
 def parse_arguments(arguments: list[str] | None) -> Json:
@@ -2994,19 +2968,17 @@ def parse_arguments(arguments: list[str] | None) -> Json:
     option = ArgumentParser(add_help=False)  # before the command and after it
     text = f"configuration file; default: {CONFIG_FILES[0]}, else ts3d.conf beside the program"
     option.add_argument("-c", "--config", metavar="FILE", default=SUPPRESS, help=text)
-    text = "Archives Threat Stack's alerts in AWS S3. "
-    text += "Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration."
-    parser = ArgumentParser("ts3d", description=text, parents=[option])
-    parser.set_defaults(run=serve)
+    parser = ArgumentParser("ts3d", description=DESCRIPTION, parents=[option])
     boto3 = "missing"
     with suppress(importlib.metadata.PackageNotFoundError):
         boto3 = importlib.metadata.version("boto3")
     text = f"ts3d {VERSION}, boto3 {boto3}, SQLite {sqlite3.sqlite_version}, Python {sys.version}"
     parser.add_argument("--version", action="version", version=text)
-    parsers = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(run=serve)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for run in COMMANDS:
         text = str(run.__doc__)
-        command = parsers.add_parser(
+        command = commands.add_parser(
             run.__name__, parents=[option], help=text.split(".")[0], description=text
         )
         command.set_defaults(run=run)
@@ -3017,13 +2989,14 @@ def parse_arguments(arguments: list[str] | None) -> Json:
         if run is retry:
             add("ids", metavar="ID", nargs="*", help="default: all failed alerts")
         if run is backfill:
-            add = partial(add, metavar="T", type=time_argument)
-            text = "a time (RFC 3339), a date (UTC) or an age such as 2h; default: "
-            last = (
-                "an hour before the end of the last complete run, at first 24 hours ago"
+            add(
+                "--from",
+                dest="since",
+                metavar="T",
+                type=time_argument,
+                help=BACKFILL_FROM,
             )
-            add("--from", dest="since", help=text + last)
-            add("--until", help=text + "now")
+            add("--until", metavar="T", type=time_argument, help="the same; default: now")
     return vars(parser.parse_args(arguments))
 
 

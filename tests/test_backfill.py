@@ -221,15 +221,15 @@ def test_what_is_queued_by_webhook_is_not_queued_again(make, s3, api):
 def test_put_queues_what_backfill_found_once(tmp_path):
     """Also where a webhook comes between backfill's look and its put."""
 
-    def job(name, source, body):
-        return ts3d.Job(name, "2017/01/17/13/51", source, source, body)
+    def put(name, source, body):
+        job = ts3d.Job(name, "2017/01/17/13/51", source, source, body)
+        queue.put([job])
+        return job.number
 
     with contextlib.closing(ts3d.Queue(str(tmp_path / "queue.db"), 1 << 30, "here")) as queue:
-        (first,) = queue.put([job("abcd", "webhooks", b"1")])
-        assert queue.put([job("abcd", "backfill", b"2")]) == [first]
-        (second,) = queue.put([job("efgh", "backfill", b"3")])
+        assert put("abcd", "webhooks", b"1") == put("abcd", "backfill", b"2")
         # The other way round it is two: each is to be archived as it came.
-        assert queue.put([job("efgh", "webhooks", b"4")]) != [second]
+        assert put("efgh", "backfill", b"3") != put("efgh", "webhooks", b"4")
 
 
 def test_a_failed_alert_is_tried_anew(make, s3, api):
@@ -412,7 +412,7 @@ def test_tokens_are_kept_as_they_are(make, s3, api):
     ],
 )
 def test_times(monkeypatch, text, seconds):
-    monkeypatch.setattr(time, "time", lambda: 1484661065.0)
+    monkeypatch.setattr(ts3d, "time", lambda: 1484661065.0)
     if seconds is None:
         with pytest.raises(argparse.ArgumentTypeError, match="nor a date such as"):
             ts3d.time_argument(text)

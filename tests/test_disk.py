@@ -101,6 +101,7 @@ def test_a_disk_that_fails(new_daemon, s3, calls, error, tracer):
     s3.stop()
     for n in range(30):
         assert daemon.post({"alerts": [alert(n)]})[0] == 200
+    until(lambda: daemon.logged("s3 unavailable"))  # boto3 has been imported
     with tracer(daemon, f"inject={calls}:error={error}"):
         assert_refuses(daemon, "the queue")
         if "openat" not in calls:  # boto3 reads files too

@@ -259,8 +259,8 @@ ends = time.monotonic() + float(sys.argv[3])
 n = 0
 while time.monotonic() < ends:
     new = ts3d.Job(f"beside-{n:06}", "2017/01/17/13/51", "webhooks", "webhooks", b'{"id": "beside-%06d"}' % n)
-    numbers = queue.put([new])
-    queue.problems(), queue.errors(numbers)
+    queue.put([new])
+    queue.problems(), queue.errors([new.number])
     for _ in range(20):
         queue.retry("none")  # a commit: more jobs than these would take long to archive
     n += 1

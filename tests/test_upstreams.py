@@ -629,7 +629,7 @@ RESET = {0: ["1484661065000", "-1", "soon"], 1.5: ["1500"], HOUR: ["999999999999
     ids=lambda value: "+".join(value.values()).strip()[:31] if isinstance(value, dict) else "",
 )
 def test_how_long_an_upstream_asks_to_be_left_alone(monkeypatch, seconds, headers):
-    monkeypatch.setattr(time, "time", lambda: 1484661005.0)
+    monkeypatch.setattr(ts3d, "time", lambda: 1484661005.0)
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     message = http.client.HTTPMessage()
