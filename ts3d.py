@@ -18,19 +18,12 @@ The sections follow an alert: configuration, log, metrics, webhook, queue, circu
 Stack, S3, archiver, HTTP server, systemd, commands. README.md is the administrator's manual.
 """
 
-import base64
 import configparser
 import fcntl
-import hashlib
 import hmac
-import http.client
-import http.server
-import importlib.metadata
 import io
 import itertools
-import json
 import logging
-import math
 import os
 import random
 import re
@@ -43,9 +36,9 @@ import sqlite3
 import ssl
 import sys
 import textwrap
-import threading
 import traceback
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from base64 import b64encode
 from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -55,13 +48,18 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
-from json import dumps
+from hashlib import sha256
+from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler
+from importlib.metadata import PackageNotFoundError, version
+from json import JSONDecoder, dumps, loads
+from math import inf
 from os import environ
 from os.path import dirname, exists, join
 from queue import SimpleQueue
 from re import fullmatch
 from sqlite3 import Connection
-from threading import Lock, Thread
+from threading import Event, Lock, RLock, Semaphore, Thread, current_thread
 from time import monotonic, sleep, time
 from types import SimpleNamespace
 from typing import Any
@@ -222,9 +220,7 @@ def load_config(path: str) -> Config:
     sections, folder = read_ini(path), dirname(os.path.abspath(path))
     put_object = sections.pop(PUT_OBJECT, {})
     for name in filter(OWN_PARAMETERS.fullmatch, put_object):
-        raise ConfigError(
-            f"{path}: [{PUT_OBJECT}] {name}: ts3d sets this itself. Remove it"
-        )
+        raise ConfigError(f"{path}: [{PUT_OBJECT}] {name}: ts3d sets this itself. Remove it")
     config = Config(file=path, tls=None, changed=[], put_object=put_object)
     config.secrets = join(folder, environ.get("CREDENTIALS_DIRECTORY") or "secrets")
     for option in OPTIONS:
@@ -378,9 +374,7 @@ def log_line(record: logging.LogRecord) -> str:
     """Return a record as one line."""
     text = printable(record.getMessage())
     if in_journal():
-        return (
-            f"<{PRIORITIES[record.levelno // 10]}>{text}"  # journald adds the time itself
-        )
+        return f"<{PRIORITIES[record.levelno // 10]}>{text}"  # journald adds the time itself
     return f"{logging.Formatter().formatTime(record)} {record.levelname} {text}"
 
 
@@ -547,9 +541,7 @@ def refuse_constant(name: str) -> None:
 
 # An object becomes a tuple of its members: a dict would hide a member that is there twice. Numbers
 # become floats: int() of 100,000 digits takes long.
-JSON = json.JSONDecoder(
-    object_pairs_hook=tuple, parse_int=float, parse_constant=refuse_constant
-)
+JSON = JSONDecoder(object_pairs_hook=tuple, parse_int=float, parse_constant=refuse_constant)
 # Between the values of a text that is known to be JSON.
 SEPARATORS = re.compile(r"[ \t\n\r,:]*")
 CONSTANT = re.compile(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)')
@@ -820,14 +812,14 @@ class Queue:
         self.path, self.max_size, self.place = path, max_size, place
         self.error: QueueError | None = None  # why the last transaction failed
         self.fatal: QueueError | None = None  # what ends the process
-        self._lock = threading.RLock()  # for _reader and _taken
+        self._lock = RLock()  # for _reader and _taken
         # Jobs that are not on disk as they are, by number: None while a worker has one, then what
         # became of it.
         self._taken: dict[int, Job | None] = {}
         self._inbox: deque[tuple[Write, Future[Any]]] = deque()
-        self._wake = threading.Event()
+        self._wake = Event()
         self._closing = False
-        self._proved_at = -math.inf  # when a request was written last, monotonic clock
+        self._proved_at = -inf  # when a request was written last, monotonic clock
         self._inodes: list[int] = []
         try:
             self._open()
@@ -1106,10 +1098,7 @@ class Queue:
             jobs += [
                 replace(job, probe=False)
                 for job in self._taken.values()
-                if job
-                and job.lane == lane
-                and job.due <= now
-                and not (job.done or job.failed)
+                if job and job.lane == lane and job.due <= now and not (job.done or job.failed)
             ]
             for job in jobs[:n]:
                 self._taken[job.number] = None
@@ -1133,7 +1122,9 @@ class Queue:
         """
         found = []
         if not running(self.path):
-            text = "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
+            text = (
+                "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
+            )
             found.append(error_json("not_running", text))
         try:
             self.require_writable()
@@ -1308,7 +1299,9 @@ def advice(error: str) -> str:
     for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE"):
         file = environ.get(name, "")
         if file and (not exists(file) or "X509" in error):
-            return f"{name} names {file}, which does not exist or has no certificate. Correct it"
+            return (
+                f"{name} names {file}, which does not exist or has no certificate. Correct it"
+            )
     advised = [text for pattern, text in ADVICE if re.match(pattern, error, re.DOTALL)]
     return " ".join(advised[0].split())
 
@@ -1410,9 +1403,7 @@ class CircuitBreaker:
         took = monotonic() - started
         debug(f"{self.name} {function.__name__}", of=args[0], seconds=took)
         if took > SLOW_CALL:
-            warning(
-                f"{self.name} is slow. Check whether all addresses of its name answer"
-            )
+            warning(f"{self.name} is slow. Check whether all addresses of its name answer")
         return result
 
     def success(self, started: float) -> None:
@@ -1476,7 +1467,7 @@ def hawk(config: Config, target: str) -> str:
     now, nonce, ext = int(time()), secrets.token_urlsafe(9), config.organization_id
     text = f"hawk.1.header\n{now}\n{nonce}\nGET\n/{path}\n{parts.hostname}\n{port}\n\n{ext}\n"
     digest = hmac.digest(config.api_key.encode(), text.encode(), "sha256")
-    mac = base64.b64encode(digest).decode()
+    mac = b64encode(digest).decode()
     return f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{mac}"'
 
 
@@ -1493,9 +1484,7 @@ def is_expected(body: bytes, path: str, id_: str | None) -> bool:
         warning("there are more events than the API returns at once", path=path)
     if "id" in members:
         return id_ in (None, members["id"])
-    return (
-        bool(members) and not members.get("errors") and members.get("status") != "error"
-    )
+    return bool(members) and not members.get("errors") and members.get("status") != "error"
 
 
 class ThreatStack(CircuitBreaker):
@@ -1549,12 +1538,14 @@ class ThreatStack(CircuitBreaker):
             with self._opener.open(request, timeout=pause) as response:
                 body = self._read(response, deadline)
         except URLError as error:
-            text = f"{self.config.base_url} cannot be reached{proxy_of(target)}: {error.reason}"
+            text = (
+                f"{self.config.base_url} cannot be reached{proxy_of(target)}: {error.reason}"
+            )
             raise self.error("unreachable", text) from None
         except TimeoutError:
             text = f"no whole answer within [threatstack] timeout = {limit:g} s"
             raise self.error("timeout", text) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise self.error("broken_off", f"the answer broke off: {error!r}") from None
         self.date, status = response.headers.get("Date"), response.status
         if status != 200:
@@ -1576,9 +1567,7 @@ class ThreatStack(CircuitBreaker):
         while piece := response.read1(65536):
             body += piece
             if len(body) > self.MAX_BODY:
-                raise self.error(
-                    "bad_answer", f"the answer is over {self.MAX_BODY} bytes"
-                )
+                raise self.error("bad_answer", f"the answer is over {self.MAX_BODY} bytes")
             if monotonic() > deadline:
                 raise TimeoutError
         if response.length:
@@ -1669,7 +1658,9 @@ class S3(CircuitBreaker):
             )
         except (AttributeError, ImportError, ValueError) as error:
             # Not an outage: what was imported by half stays so until a restart.
-            text = f"{self.config.file}: [s3]: {error}. Correct it, or apt install python3-boto3"
+            text = (
+                f"{self.config.file}: [s3]: {error}. Correct it, or apt install python3-boto3"
+            )
             raise ConfigError(text) from None
         except Exception as error:  # boto3's exceptions have no common class
             raise self._failure(error) from None
@@ -1690,14 +1681,10 @@ class S3(CircuitBreaker):
 
     def _parameters(self, client: Any) -> Json:
         """Return [s3:put_object] with the types of botocore's model. Raises ConfigError."""
-        import botocore.validate
+        from botocore.validate import ParamValidationError, validate_parameters
 
         shape = client.meta.service_model.operation_model("PutObject").input_shape
-        parsers: dict[str, Parser] = {
-            "boolean": boolean,
-            "integer": int,
-            "map": json.loads,
-        }
+        parsers: Json = {"boolean": boolean, "integer": int, "map": loads}
         extra: Json = {}
         for name, text in self.config.put_object.items():
             where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
@@ -1708,14 +1695,10 @@ class S3(CircuitBreaker):
             try:
                 refuse_quotes(text)
                 extra[name] = parsers.get(kind, str)(text)
-                whole = {"Bucket": "b", "Key": "k", name: extra[name]}
-                report = botocore.validate.ParamValidator().validate(whole, shape)
-                if report.has_errors():
-                    raise ValueError(" ".join(report.generate_report().split()))
-            except ValueError as error:
-                raise ConfigError(
-                    f"{where} = {text!r}: {error}. Its type is {kind}"
-                ) from None
+                validate_parameters({"Bucket": "b", "Key": "k", name: extra[name]}, shape)
+            except (ValueError, ParamValidationError) as error:
+                text = f"{where} = {text!r}: {error}. Its type is {kind}"
+                raise ConfigError(" ".join(text.split())) from None
         return extra
 
     def key(self, name: str) -> str:
@@ -1735,7 +1718,7 @@ class S3(CircuitBreaker):
             Body=body,
             ContentType=content_type,
             ChecksumAlgorithm="SHA256",  # Object Lock demands this header too
-            ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
+            ChecksumSHA256=b64encode(sha256(body).digest()).decode(),
             **parameters,
         )
         # botocore takes any 200 for success, also a proxy's page.
@@ -1782,6 +1765,9 @@ class S3(CircuitBreaker):
             cause, status, text = "PermanentRedirect", 301, "redirects have no end"
         if cause == "NoSuchBucket":
             text = f"bucket {self.config.bucket} does not exist ({cause})"
+        region = headers.get("x-amz-bucket-region") or problem.get("Region")
+        if region and status in (301, 400):
+            text += f". The bucket is in {region}: set [s3] region = {region}"
         failure = self.error(cause, text + proxy_of(self.endpoint), status, headers)
         if re.match(CREDENTIALS, failure.type):
             self._client = None  # botocore reads a credentials file only once
@@ -1858,7 +1844,7 @@ class Archiver:
             Pool("store", ["store"], [self.s3], -(-n // 4), SimpleQueue()),
             Pool("detail", ["detail", "backfill"], self.upstreams, n, SimpleQueue()),
         )
-        self.wake = threading.Event()  # there may be a job to dispatch
+        self.wake = Event()  # there may be a job to dispatch
         self.stopping = False
         self.fatal: Exception | None = None  # what ends the process
         self.threads: list[Thread] = []
@@ -1870,9 +1856,7 @@ class Archiver:
             self.threads.append(start_thread("dispatcher", self._dispatch))
         for pool in self.pools:
             for i in range(pool.size):
-                self.threads.append(
-                    start_thread(f"{pool.name}-{i + 1}", self._work, pool)
-                )
+                self.threads.append(start_thread(f"{pool.name}-{i + 1}", self._work, pool))
 
     def stop(self, deadline: float) -> None:
         """Wait until `deadline` (monotonic clock) for jobs that are at work."""
@@ -1889,9 +1873,7 @@ class Archiver:
         Waits no longer once an upstream is unavailable.
         """
         # A dict's methods are atomic. A future that was taken out is resolved once.
-        waiting = {
-            number: self._waiting.setdefault(number, Future()) for number in numbers
-        }
+        waiting = {number: self._waiting.setdefault(number, Future()) for number in numbers}
         queued = dict.fromkeys(numbers)
         with suppress(QueueError):  # they are on disk: that is what the answer says
             queued = self.queue.errors(numbers)  # some may be archived already
@@ -1967,7 +1949,7 @@ class Archiver:
                 self.stop_waiting(job.number)
             if is_low(pool) or is_low(self.pools[-1]):  # which may get the next step
                 self.wake.set()
-            expect_progress_within(math.inf)  # until the next job
+            expect_progress_within(inf)  # until the next job
 
     def _archive(self, job: Job) -> None:
         """Put the objects of the job's next steps into S3.
@@ -2039,9 +2021,7 @@ class Archiver:
         if job.failing > limit:
             job.failed = True
             add("ts3d_alerts_failed_total")
-            return log_error(
-                "alert marked failed", id=job.id, tries=job.tries, error=error
-            )
+            return log_error("alert marked failed", id=job.id, tries=job.tries, error=error)
         pause = max(backoff(job.tries - 1, 0, MAX_RETRY_PAUSE), error.retry_after)
         job.due = job.failed_at + pause
         text = "alert failed, will be retried"
@@ -2054,7 +2034,7 @@ class Archiver:
 
 WEBHOOKS = "/api/v1/s3/alert"
 SMALL_BODY = 64 << 10  # bytes; of other bodies at most eight are read and parsed at once
-LARGE_BODIES = threading.Semaphore(8)
+LARGE_BODIES = Semaphore(8)
 
 HEAD_BYTES = 64 << 10  # of a request line and its headers, which have 100 lines at most
 NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
@@ -2101,7 +2081,7 @@ class Server:
         self._limits = {  # seconds that a phase may take
             "idle": config.keepalive_timeout,
             "receiving": config.request_timeout,
-            "answering": math.inf,
+            "answering": inf,
         }
 
     def accept(self, listener: socket.socket) -> None:
@@ -2182,7 +2162,7 @@ class Server:
             sleep(0.02)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """One connection: reads requests strictly as RFC 9112 defines them, and answers in JSON.
 
     http.server's own parser takes `+4` for a length, and ignores Transfer-Encoding.
@@ -2231,9 +2211,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return how a request is refused after an error."""
         if isinstance(error, Refusal):
             return error
-        if isinstance(
-            error, QueueError
-        ):  # the alerts may not be on disk, and must come again
+        if isinstance(error, QueueError):  # the alerts may not be on disk, and must come again
             return Refusal(503, "queue_unavailable", str(error), "Retry-After: 10\r\n")
         if not isinstance(error, OSError):
             # A bug too is answered, and the daemon goes on.
@@ -2285,9 +2263,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.chunked = "transfer-encoding" in fields
         wrong = minor == "0" or "content-length" in fields
         if self.chunked and (wrong or fields["transfer-encoding"].lower() != "chunked"):
-            raise self.malformed(
-                "Transfer-Encoding must be `chunked`, without Content-Length"
-            )
+            raise self.malformed("Transfer-Encoding must be `chunked`, without Content-Length")
         if not fullmatch("[0-9]{1,15}", length):
             raise self.malformed("Content-Length must be one number")
         self.length = int(length)
@@ -2354,10 +2330,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         presented += re.findall("(?i)^bearer +(.*)", self.fields["authorization"])
         tokens = (getattr(self.server.config, option) or "").split()
         pairs = itertools.product(tokens, presented)  # all are compared, in constant time
-        if not any(
-            [hmac.compare_digest(a.encode(), b.encode("latin-1")) for a, b in pairs]
-        ):
-            text = f"present [server] {option} as Authorization: Bearer TOKEN or as ?token=TOKEN"
+        if not any([hmac.compare_digest(a.encode(), b.encode("latin-1")) for a, b in pairs]):
+            text = (
+                f"present [server] {option} as Authorization: Bearer TOKEN or as ?token=TOKEN"
+            )
             scheme = 'WWW-Authenticate: Bearer realm="ts3d"\r\n'
             raise Refusal(401, "unauthorized", text, scheme)
 
@@ -2370,12 +2346,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.authorize("webhook_token")
         large = self.chunked or self.length > SMALL_BODY
         with LARGE_BODIES if large else nullcontext():
-            alerts, refusal = (
-                self.acknowledge()
-            )  # they have no bodies while they wait for S3
-        errors = self.server.archiver.wait(
-            [a.number for a in alerts if isinstance(a, Job)]
-        )
+            alerts, refusal = self.acknowledge()  # they have no bodies while they wait for S3
+        errors = self.server.archiver.wait([a.number for a in alerts if isinstance(a, Job)])
         self.payload["alerts"] = [state_of(alert, errors) for alert in alerts]
         if refusal:
             raise refusal
@@ -2396,12 +2368,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 text = f'{error}. Send {{"alerts": [ALERT, …]}}. {KEPT}'
                 refusal = Refusal(400, "malformed_webhook", text)
         else:
-            text = f"Content-Encoding: {coding} is not supported. Send the body as it is. {KEPT}"
+            text = (
+                f"Content-Encoding: {coding} is not supported. Send the body as it is. {KEPT}"
+            )
             refusal = Refusal(415, "unsupported_encoding", text)
         jobs = [alert for alert in alerts if isinstance(alert, Job)]
-        invalid = [
-            INVALID.format(alert) for alert in alerts if isinstance(alert, Malformed)
-        ]
+        invalid = [INVALID.format(alert) for alert in alerts if isinstance(alert, Malformed)]
         accepted, rejected = len(jobs), len(invalid)
         self.notes |= {"bytes": len(body), "alerts": accepted, "rejected": rejected}
         if invalid:
@@ -2409,7 +2381,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if invalid and not jobs:
             refusal = Refusal(400, "invalid_alert", invalid[0])
         if refusal or invalid:  # nothing that presented the token is lost
-            digest = self.notes["kept"] = hashlib.sha256(body).hexdigest()
+            digest = self.notes["kept"] = sha256(body).hexdigest()
             jobs.append(Job(digest, minute_of(time()), "rejected", "rejected", body))
         self.server.queue.put(jobs)
         self.server.archiver.wake.set()
@@ -2503,9 +2475,7 @@ def listen(config: Config) -> list[socket.socket]:
             socket.create_server(name, family=family, backlog=1024, dualstack_ipv6=ipv6)
         ]
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{where}: {error}. Name a free address of this machine"
-        ) from None
+        raise ConfigError(f"{where}: {error}. Name a free address of this machine") from None
     for sock in sockets:
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise ConfigError(
@@ -2546,7 +2516,7 @@ PROGRESS_BY: dict[str, float] = {}
 
 def expect_progress_within(limit: float) -> None:
     """Declare that this thread calls this again within `limit` seconds, for the watchdog."""
-    PROGRESS_BY[threading.current_thread().name] = monotonic() + limit
+    PROGRESS_BY[current_thread().name] = monotonic() + limit
 
 
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> Thread:
@@ -2657,9 +2627,7 @@ def supervise(
             warning("SIGHUP ignored: there is no reload. Use systemctl restart ts3d")
         for thread in threads:
             if not thread.is_alive():
-                raise RuntimeError(
-                    f"thread {thread.name} ended. A restart continues its work"
-                )
+                raise RuntimeError(f"thread {thread.name} ended. A restart continues its work")
         if fatal := queue_.fatal or archiver.fatal:
             raise fatal
         now = monotonic()
@@ -2733,13 +2701,17 @@ def check_queue(config: Config) -> str:
             return f"{config.path} can be created"
     with open_queue(config) as queue_:
         queue_.require_writable()
-        return f"{config.path}: {queue_.facts['queued']} queued, {queue_.facts['failed']} failed"
+        return (
+            f"{config.path}: {queue_.facts['queued']} queued, {queue_.facts['failed']} failed"
+        )
 
 
 def check_clock(*dates: str | None) -> str:
     """Say by how much this machine's clock differs from the upstreams'. Raises ConfigError."""
     skews = [skew for skew in map(skew_of, dates) if skew is not None]
-    text = f"seconds ahead of S3 and Threat Stack: {', '.join(f'{skew:.0f}' for skew in skews)}"
+    text = (
+        f"seconds ahead of S3 and Threat Stack: {', '.join(f'{skew:.0f}' for skew in skews)}"
+    )
     if any(abs(skew) > 60 for skew in skews):  # what Hawk allows
         raise ConfigError(f"{text}. Set this machine's clock: timedatectl set-ntp yes")
     return text
@@ -2760,7 +2732,7 @@ def status(config: Config, failed: bool, as_json: bool) -> int:
         causes, facts = queue_.problems(), queue_.facts
         report: Json = {"running": running(config.path), **facts, "causes": causes}
         if failed:
-            report["failures"] = [json.loads(row[0]) for row in queue_.read(Queue.FAILED)]
+            report["failures"] = [loads(row[0]) for row in queue_.read(Queue.FAILED)]
     if as_json:
         print(dumps(report))
     elif failed:
@@ -2882,9 +2854,7 @@ def list_pages(threatstack: ThreatStack, since: str, until: str) -> Iterator[str
         for number in itertools.count(1):
             before, answer = answer, insist(threatstack.list, path + more)
             if answer == before:
-                raise threatstack.error(
-                    "bad_answer", "the list of alerts has no end", 200
-                )
+                raise threatstack.error("bad_answer", "the list of alerts has no end", 200)
             page, token = answer
             yield page
             if not token and (hawk or page == "[]"):
@@ -2912,15 +2882,12 @@ def insist(call: Callable[[str], Any], name: str) -> Any:
 
 
 def wait_for_room(queue_: Queue) -> None:
-    """Wait while BACKFILL_QUEUED alerts are queued. Raises QueueError if their number stays."""
-    while (queued := queue_.facts["queued"]) >= BACKFILL_QUEUED:
-        deadline = monotonic() + BACKFILL_PATIENCE
-        while queue_.facts["queued"] == queued:
-            if monotonic() > deadline:
-                raise QueueError(
-                    f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status"
-                )
-            sleep(1)
+    """Wait while BACKFILL_QUEUED alerts are queued. Raises QueueError after BACKFILL_PATIENCE."""
+    deadline = monotonic() + BACKFILL_PATIENCE
+    while queue_.facts["queued"] >= BACKFILL_QUEUED:
+        if monotonic() > deadline:
+            raise QueueError(f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status")
+        sleep(1)
 
 
 def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> None:
@@ -2970,9 +2937,11 @@ def parse_arguments(arguments: list[str] | None) -> Json:
     option.add_argument("-c", "--config", metavar="FILE", default=SUPPRESS, help=text)
     parser = ArgumentParser("ts3d", description=DESCRIPTION, parents=[option])
     boto3 = "missing"
-    with suppress(importlib.metadata.PackageNotFoundError):
-        boto3 = importlib.metadata.version("boto3")
-    text = f"ts3d {VERSION}, boto3 {boto3}, SQLite {sqlite3.sqlite_version}, Python {sys.version}"
+    with suppress(PackageNotFoundError):
+        boto3 = version("boto3")
+    text = (
+        f"ts3d {VERSION}, boto3 {boto3}, SQLite {sqlite3.sqlite_version}, Python {sys.version}"
+    )
     parser.add_argument("--version", action="version", version=text)
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")

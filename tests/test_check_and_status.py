@@ -332,7 +332,7 @@ TO_LOGIN = [("Location", "http://x/login")]
 @pytest.mark.parametrize(
     ("says", "answer", "options"),
     [
-        refusal("region", 301, "PermanentRedirect", headers=[("x-amz-bucket-region", "eu-1")], Endpoint="x"),
+        refusal(f"{REGION} = eu-1", 301, "PermanentRedirect", headers=[("x-amz-bucket-region", "eu-1")], Endpoint="x"),
         refusal(f"{REGION} = eu-west-3", 400, "AuthorizationHeaderMalformed", NOT_MEANT, Region="eu-west-3"),
         refusal("region", 301, "PermanentRedirect", Endpoint="x"),
         refusal("region", 400, "IllegalLocationConstraintException"),
