@@ -1380,7 +1380,7 @@ class CircuitBreaker:
         # The error that opened it; None while it is closed.
         self.open_for: UpstreamError | None = None
         # Times of the monotonic clock.
-        self.probe_at = self.worked_at = 0.0
+        self.probe_at = self.worked_at = self._retry_at = 0.0
         self._opened_at = 0.0  # 0: closed
         self._failures = 0  # in a row; while open, failed probes
         self._breaker_lock = Lock()
@@ -1424,8 +1424,9 @@ class CircuitBreaker:
             return self.success(started)
         now = monotonic()
         with self._breaker_lock:
+            self._retry_at = max(self._retry_at, now + error.retry_after)
+            self.probe_at = max(self.probe_at, self._retry_at)
             if started < self._opened_at:
-                self.probe_at = max(self.probe_at, now + error.retry_after)
                 return
             self._failures += 1
             opens = not self.open_for
@@ -1433,8 +1434,8 @@ class CircuitBreaker:
                 return
             if opens:
                 self._opened_at, self._failures = now, 0
-            pause = max(backoff(self._failures, 1, MAX_PROBE_PAUSE), error.retry_after)
-            self.open_for, self.probe_at = error, now + pause
+            pause = backoff(self._failures, 1, MAX_PROBE_PAUSE)
+            self.open_for, self.probe_at = error, max(now + pause, self._retry_at)
         if opens:
             warning(f"{self.name} unavailable: {error}")
         else:
@@ -2036,14 +2037,14 @@ WEBHOOKS = "/api/v1/s3/alert"
 SMALL_BODY = 64 << 10  # bytes; of other bodies at most eight are read and parsed at once
 LARGE_BODIES = Semaphore(8)
 
-HEAD_BYTES = 64 << 10  # of a request line and its headers, which have 100 lines at most
+HEAD_BYTES = 64 << 10
+LINE_BYTES = HEAD_BYTES // 100  # each line counts as so many at least: 100 lines at most
 NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(rf"({NAME}{{1,64}}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n")
 # RFC 9112, 5.1 and 5.2: no folded line and no blank before the colon matches.
-FIELDS = rf"((?:{NAME}+:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
-HEAD = re.compile(rf"({NAME}{{1,64}}) ([\x21-\x7e]+) HTTP/1\.([0-9])\r\n{FIELDS}")
-TRAILERS = re.compile(FIELDS)
-CHUNK = re.compile(r"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+FIELD_LINE = re.compile(rf"(?:({NAME}+):([\t\x20-\x7e\x80-\xff]*))?\r\n")
 EMPTY_LINE = re.compile("\r\n")
+CHUNK_LINE = re.compile(r"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 HOST = re.compile(r"[]!$%&'()*+,.:;=[_~0-9A-Za-z-]*")
 KEPT = "The body is kept in S3 under rejected/"
 INVALID = (
@@ -2205,10 +2206,11 @@ class Handler(BaseHTTPRequestHandler):
             self.payload["error"] = error_json(type_, text)
             self.notes["error"] = text
         self.log_answer(status)
-        self.answer(status, *headers)
+        if status:
+            self.answer(status, *headers)
 
     def refusal(self, error: Exception) -> Refusal:
-        """Return how a request is refused after an error."""
+        """Return how a request is refused after an error; status 0: the client is gone."""
         if isinstance(error, Refusal):
             return error
         if isinstance(error, QueueError):  # the alerts may not be on disk, and must come again
@@ -2221,12 +2223,13 @@ class Handler(BaseHTTPRequestHandler):
         if monotonic() - self.started > self.server.config.request_timeout:
             text = "the request did not arrive within [server] request_timeout. Send it faster"
             return Refusal(408, "timeout", text)
-        return Refusal(400, "incomplete_request", f"{error}. Send all of it")
+        self.close_connection = True
+        return Refusal(0, "gone", str(error))
 
     def log_answer(self, status: int) -> None:
         """Log and count an answer, before it is sent: its reader must find it in the log."""
         lost = self.command == "POST" and status == 404  # a wrong URL loses every webhook
-        if lost or self.target == WEBHOOKS:
+        if status and (lost or self.target == WEBHOOKS):
             add("ts3d_webhooks_total", label=f'{{status="{status}"}}')
         severity = logging.WARNING if lost or status >= 500 else logging.INFO
         if status == 200 and self.target != WEBHOOKS:
@@ -2237,7 +2240,7 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0][:200]  # the query may have the token
         log_event(
             severity,
-            f"{self.command} {path} {status}",
+            f"{self.command} {path} {status or '-'}",
             request=self.id,
             client=self.client_address,
             **self.notes,
@@ -2248,15 +2251,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_head(self) -> None:
         """Read the request line and the headers. Raises Refusal, OSError."""
+        self.left = HEAD_BYTES
         if self.rfile.peek(1)[:1] == b"\r":  # RFC 9112, 2.2: ignore one empty line
-            self.read_lines(EMPTY_LINE)
-        self.command, self.path, minor, text = self.read_lines(HEAD)
+            self.read_line(EMPTY_LINE, "the request line")
+        self.command, self.path, minor = self.read_line(REQUEST_LINE, "the request line")
         # Without scheme and host (RFC 9112, 3.2.2), a slash at its end, and the query.
         self.target = re.sub(r"(?i)^https?://[^/?]*|/?(\?.*)?$", "", self.path)
-        fields = self.fields
-        for name, value in re.findall("(.+?):(.*)\r", text):
-            name, value = name.lower(), value.strip(" \t")
-            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        fields = self.fields = self.read_fields()
         if ("host" not in fields and minor > "0") or not HOST.fullmatch(fields["host"]):
             raise self.malformed("there must be one valid Host header")
         length = fields.get("content-length", "0")
@@ -2276,24 +2277,28 @@ class Handler(BaseHTTPRequestHandler):
         """Return the refusal of a request that is not HTTP/1.1 as RFC 9112 defines it."""
         return Refusal(400, "malformed_request", f"{text}. Correct the client (RFC 9112)")
 
-    def read_lines(self, pattern: re.Pattern[str]) -> Any:
-        """Read what the pattern describes: a line, or lines up to an empty one; return its groups.
+    def read_fields(self) -> Json:
+        """Read headers or trailers; of one name the values are joined. Raises Refusal, OSError."""
+        fields: Json = defaultdict(str)
+        while True:
+            name, value = self.read_line(FIELD_LINE, "a header")
+            if not name:
+                return fields
+            name, value = name.lower(), value.strip(" \t")
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
 
-        Raises Refusal, OSError.
-        """
-        lines = line = b""
-        several = pattern in (HEAD, TRAILERS)
-        while not lines or (several and line.strip()):
-            line = self.rfile.readline(HEAD_BYTES - len(lines))
-            lines += line
-            if len(lines) == HEAD_BYTES or lines.count(b"\n") > 102:
-                text = f"over {HEAD_BYTES} bytes or 100 lines of headers. Send fewer"
-                raise Refusal(431, "head_too_large", text)
-            if not line.endswith(b"\n"):
-                raise ConnectionResetError("closed in the middle of a request")
-        if match := pattern.fullmatch(lines.decode("latin-1")):
+    def read_line(self, pattern: re.Pattern[str], what: str) -> Any:
+        """Read a line within `left` bytes, return the pattern's groups. Raises Refusal, OSError."""
+        line = self.rfile.readline(self.left)
+        self.left -= max(len(line), LINE_BYTES)
+        if self.left <= 0:
+            text = f"over {HEAD_BYTES} bytes or 100 lines of headers. Send fewer"
+            raise Refusal(431, "head_too_large", text)
+        if match := pattern.fullmatch(line.decode("latin-1")):
             return match.groups()
-        raise self.malformed("a header is malformed, or a line does not end with CRLF")
+        if line.endswith(b"\n"):
+            raise self.malformed(f"{what} is malformed, or a line does not end with CRLF")
+        raise ConnectionResetError("closed in the middle of a request")
 
     def read_body(self) -> bytes:
         """Read the body. Raises Refusal, OSError."""
@@ -2303,7 +2308,8 @@ class Handler(BaseHTTPRequestHandler):
         while True:
             n = self.length - received
             if self.chunked:
-                n = int(self.read_lines(CHUNK)[0], 16)
+                self.left = HEAD_BYTES
+                n = int(self.read_line(CHUNK_LINE, "a chunk's size")[0], 16)
             if not n:
                 break
             received += n
@@ -2314,9 +2320,9 @@ class Handler(BaseHTTPRequestHandler):
             if len(pieces[-1]) < n:
                 raise ConnectionResetError("closed in the middle of a body")
             if self.chunked:
-                self.read_lines(EMPTY_LINE)
+                self.read_line(EMPTY_LINE, "a chunk's end")
         if self.chunked:
-            self.read_lines(TRAILERS)
+            self.read_fields()  # trailers
         self.unread = False
         self.server.enter(self.request, "answering")
         return b"".join(pieces)  # of one piece this is no copy
