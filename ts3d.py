@@ -545,9 +545,7 @@ JSON = JSONDecoder(object_pairs_hook=tuple, parse_int=float, parse_constant=refu
 # Between the values of a text that is known to be JSON.
 SEPARATORS = re.compile(r"[ \t\n\r,:]*")
 CONSTANT = re.compile(r'"([^"\\]{1,60})"[ \t\r\n]{0,9}:[ \t\r\n]{0,9}(?:NaN|-?Infinity)')
-PARSING = (
-    Lock()
-)  # held while a webhook or an answer is parsed: hostile JSON takes 25 times its size
+PARSING = Lock()  # one text at a time: hostile JSON takes 25 times its size
 MAX_ALERTS = 10_000  # in one webhook: each takes memory, and a place in the answer
 ALERT_ID = re.compile(r"[A-Za-z0-9_-]{4,128}")
 # A smaller `created_at` is seconds, not milliseconds: 10^11 ms is in 1973.
@@ -1098,7 +1096,10 @@ class Queue:
             jobs += [
                 replace(job, probe=False)
                 for job in self._taken.values()
-                if job and job.lane == lane and job.due <= now and not (job.done or job.failed)
+                if job
+                and job.lane == lane
+                and job.due <= now
+                and not (job.done or job.failed)
             ]
             for job in jobs[:n]:
                 self._taken[job.number] = None
@@ -1122,9 +1123,7 @@ class Queue:
         """
         found = []
         if not running(self.path):
-            text = (
-                "the daemon is not running. Start it: systemctl start ts3d.socket ts3d.service"
-            )
+            text = "the daemon is not running. Run systemctl start ts3d.socket ts3d.service"
             found.append(error_json("not_running", text))
         try:
             self.require_writable()
@@ -1299,9 +1298,7 @@ def advice(error: str) -> str:
     for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE"):
         file = environ.get(name, "")
         if file and (not exists(file) or "X509" in error):
-            return (
-                f"{name} names {file}, which does not exist or has no certificate. Correct it"
-            )
+            return f"{name} names {file}, which is missing or has no certificate. Correct it"
     advised = [text for pattern, text in ADVICE if re.match(pattern, error, re.DOTALL)]
     return " ".join(advised[0].split())
 
@@ -1469,7 +1466,9 @@ def hawk(config: Config, target: str) -> str:
     text = f"hawk.1.header\n{now}\n{nonce}\nGET\n/{path}\n{parts.hostname}\n{port}\n\n{ext}\n"
     digest = hmac.digest(config.api_key.encode(), text.encode(), "sha256")
     mac = b64encode(digest).decode()
-    return f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{mac}"'
+    return (
+        f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{mac}"'
+    )
 
 
 def is_expected(body: bytes, path: str, id_: str | None) -> bool:
@@ -1505,7 +1504,6 @@ class ThreatStack(CircuitBreaker):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-
         # Proxies are those of the environment. This reads the system's certificates.
         https = HTTPSHandler(context=ssl.create_default_context())
         self._opener = build_opener(https, AnyStatus)
@@ -1539,9 +1537,7 @@ class ThreatStack(CircuitBreaker):
             with self._opener.open(request, timeout=pause) as response:
                 body = self._read(response, deadline)
         except URLError as error:
-            text = (
-                f"{self.config.base_url} cannot be reached{proxy_of(target)}: {error.reason}"
-            )
+            text = f"{target} cannot be reached{proxy_of(target)}: {error.reason}"
             raise self.error("unreachable", text) from None
         except TimeoutError:
             text = f"no whole answer within [threatstack] timeout = {limit:g} s"
@@ -1659,9 +1655,7 @@ class S3(CircuitBreaker):
             )
         except (AttributeError, ImportError, ValueError) as error:
             # Not an outage: what was imported by half stays so until a restart.
-            text = (
-                f"{self.config.file}: [s3]: {error}. Correct it, or apt install python3-boto3"
-            )
+            text = f"{self.config.file}: [s3]: {error}. Correct it. For boto3 see README.md"
             raise ConfigError(text) from None
         except Exception as error:  # boto3's exceptions have no common class
             raise self._failure(error) from None
@@ -1789,7 +1783,9 @@ class S3(CircuitBreaker):
             raise self.error("NoCredentialsError", f"boto3 finds no credentials{proxy}")
         text = f"boto3 finds them: {found.method}"
         if found.method == "custom-process":
-            text += ". The service runs programs below /usr only: put credential_process there"
+            text += (
+                ". The service runs programs below /usr only: put credential_process there"
+            )
         return text
 
     def check(self) -> str:
@@ -2213,7 +2209,9 @@ class Handler(BaseHTTPRequestHandler):
         """Return how a request is refused after an error; status 0: the client is gone."""
         if isinstance(error, Refusal):
             return error
-        if isinstance(error, QueueError):  # the alerts may not be on disk, and must come again
+        if isinstance(
+            error, QueueError
+        ):  # the alerts may not be on disk, and must come again
             return Refusal(503, "queue_unavailable", str(error), "Retry-After: 10\r\n")
         if not isinstance(error, OSError):
             # A bug too is answered, and the daemon goes on.
@@ -2221,7 +2219,9 @@ class Handler(BaseHTTPRequestHandler):
             text = f"internal error. Search the log for {self.id}, report it"
             return Refusal(500, "internal", text)
         if monotonic() - self.started > self.server.config.request_timeout:
-            text = "the request did not arrive within [server] request_timeout. Send it faster"
+            text = (
+                "the request did not arrive within [server] request_timeout. Send it faster"
+            )
             return Refusal(408, "timeout", text)
         self.close_connection = True
         return Refusal(0, "gone", str(error))
@@ -2264,7 +2264,9 @@ class Handler(BaseHTTPRequestHandler):
         self.chunked = "transfer-encoding" in fields
         wrong = minor == "0" or "content-length" in fields
         if self.chunked and (wrong or fields["transfer-encoding"].lower() != "chunked"):
-            raise self.malformed("Transfer-Encoding must be `chunked`, without Content-Length")
+            raise self.malformed(
+                "Transfer-Encoding must be `chunked`, without Content-Length"
+            )
         if not fullmatch("[0-9]{1,15}", length):
             raise self.malformed("Content-Length must be one number")
         self.length = int(length)
@@ -2633,7 +2635,9 @@ def supervise(
             warning("SIGHUP ignored: there is no reload. Use systemctl restart ts3d")
         for thread in threads:
             if not thread.is_alive():
-                raise RuntimeError(f"thread {thread.name} ended. A restart continues its work")
+                raise RuntimeError(
+                    f"thread {thread.name} ended. A restart continues its work"
+                )
         if fatal := queue_.fatal or archiver.fatal:
             raise fatal
         now = monotonic()
@@ -2939,15 +2943,15 @@ end of the last complete run, at first 24 hours ago"""
 def parse_arguments(arguments: list[str] | None) -> Json:
     """Return the command, the configuration's path, and the command's own arguments."""
     option = ArgumentParser(add_help=False)  # before the command and after it
-    text = f"configuration file; default: {CONFIG_FILES[0]}, else ts3d.conf beside the program"
+    text = (
+        f"configuration file; default: {CONFIG_FILES[0]}, else ts3d.conf beside the program"
+    )
     option.add_argument("-c", "--config", metavar="FILE", default=SUPPRESS, help=text)
     parser = ArgumentParser("ts3d", description=DESCRIPTION, parents=[option])
     boto3 = "missing"
     with suppress(PackageNotFoundError):
         boto3 = version("boto3")
-    text = (
-        f"ts3d {VERSION}, boto3 {boto3}, SQLite {sqlite3.sqlite_version}, Python {sys.version}"
-    )
+    text = f"ts3d {VERSION}, boto3 {boto3}, SQLite {sqlite3.sqlite_version}, Python {sys.version}"
     parser.add_argument("--version", action="version", version=text)
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")
