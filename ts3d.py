@@ -705,10 +705,12 @@ class QueueError(Exception):
 class Queue:
     """Jobs in a SQLite file.
 
-    `put` and `retry` return once their change is on disk. What became of a job (`settle`) stays in
-    memory until the next commit that succeeds, so a full disk does not stop the archive. One
-    thread writes (`_write_all`): all that waits is one transaction and one fsync. Others read, by
-    `read`. A taken job is only remembered in memory: after a crash it is due again.
+    `put` and `retry` return once their change is on disk: after the commit, with `synchronous =
+    FULL`. What became of a job (`settle`) stays in memory until the next commit that succeeds, so
+    a full disk stops the archive only after MAX_TAKEN jobs. One thread writes (`_write_all`): all
+    that waits is one transaction and one fsync. Dispatcher, workers and HTTP threads read, by
+    `read`; so do commands, which have a writer of their own. A taken job is only remembered in
+    memory: after a crash it is due again.
 
     `facts` for `status --json`, /healthz and /metrics are of the last look, at most a second ago.
     """
@@ -1365,7 +1367,8 @@ class CircuitBreaker:
 
     `kind_of_error` says which errors open it. While it is open, one job may call the upstream every
     1 to 8 s, or after Retry-After: the probe. It is the job that is due first, and a job that
-    failed is due later than others. So one alert that always fails cannot stop the others.
+    failed is due later than others. So one alert that always fails cannot stop the others. A probe
+    of S3 is one put. If only jobs of the detail pool are due, a call of the API precedes it.
     """
 
     name = "upstream"
@@ -1825,11 +1828,13 @@ class Archiver:
 
     At first a job's step is its source: the store pool puts what arrived. That needs S3 alone, so
     an API that hangs does not hold up webhooks. The next steps are the detail pool's: "events"
-    (only Hawk has some) and "alerts", the detail. Then the job is done, and is deleted. A new kind
-    of object is put by `_archive` or `_put_detail`, under a key of `name_of`.
+    (only Hawk has some) and "alerts", the detail. Then the job is done, and is deleted. A step
+    decides the job's lane (`Job.lane`, also a column), and each lane belongs to one pool. A new
+    kind of object is put by `_archive` or `_put_detail`, under a key of `name_of`.
 
     After an error `_put_off` retries the job later. An alert that the API does not know (404) for
-    an hour, or that fails for give_up_after while others succeed, is marked failed.
+    an hour, or that fails for give_up_after while others succeed, is marked failed. It stays in
+    the queue, and `ts3d retry` retries it.
     """
 
     def __init__(self, config: Config, queue_: Queue) -> None:
@@ -1958,7 +1963,7 @@ class Archiver:
             content_type = "application/octet-stream" if rejected else "application/json"
             (row,) = self.queue.read("SELECT body FROM jobs WHERE number = ?", job.number)
             self.s3.call(self.s3.put, name_of(job.source, job), row["body"], content_type)
-            job.step = "events"
+            job.step, job.error_type = "events", None
             if not rejected:
                 return
         else:
@@ -1983,7 +1988,7 @@ class Archiver:
             try:
                 events = get(f"/alerts/{job.id}/events")
                 self.s3.call(self.s3.put, name_of("events", job), events)
-                job.step = "alerts"
+                job.step, job.error_type = "alerts", None
             except UpstreamError as error:
                 if error.type != NOT_FOUND:
                     raise
@@ -2066,8 +2071,9 @@ class Server:
     A connection's phase is "idle", "receiving" (a request or a TLS handshake), or "answering".
 
     Memory is bounded: max_connections, with 64K of headers each; eight bodies over 64K at once,
-    parsed in turn. An answer that waits for S3 keeps no body. In the archiver each worker has one
-    body, and answers of the API are parsed in turn.
+    parsed in turn, with MAX_ALERTS. An answer that waits for S3 keeps no body. In the archiver each
+    worker has one body. The API's answers have MAX_BODY and are parsed in turn. The queue keeps
+    MAX_TAKEN jobs in memory.
     """
 
     def __init__(self, config: Config, archiver: Archiver) -> None:
@@ -2733,7 +2739,9 @@ def rfc_3339(moment: float) -> str:
 
 
 def status(config: Config, failed: bool, as_json: bool) -> int:
-    """Show queued and failed alerts, and current problems: the last errors of queued jobs.
+    """Show queued and failed alerts, and current problems: the last errors of jobs in the queue.
+
+    It reads the queue's file and calls nothing. So an unavailable upstream shows once a job failed.
 
     Example: ts3d status --failed. Exit codes: 0 no problem, 1 a problem, 2 wrong usage, 78 wrong
     configuration.
