@@ -782,15 +782,14 @@ def test_an_outage_from_its_begin_to_its_end(new_daemon, s3):
 
 
 def test_an_error_is_over_once_its_step_succeeds(new_daemon, s3, api):
-    """Also if the alert then waits for the other upstream."""
-    daemon = new_daemon(server__wait="0")
+    """Also for alerts that then wait for the other upstream."""
+    daemon = new_daemon(**QUICK)
     s3.stop()
-    post(daemon, alert(0))
+    post(daemon, *(alert(n) for n in range(20)))
     until(lambda: "s3_EndpointConnectionError" in causes(daemon))
-    api.mode = "hang"
+    api.mode = 401
     s3.start()
-    until(lambda: s3.objects("webhooks/"))
-    until(lambda: not causes(daemon), 20, "clean status while the API hangs")
+    until(lambda: causes(daemon).keys() == {"threatstack_unauthorized"}, 20)
 
 
 def test_a_daemon_that_starts_while_status_looks_is_never_refused(new_daemon):
