@@ -20,10 +20,10 @@ from test_http import CLOSE, message
 import ts3d
 
 
-@pytest.fixture(params=["path", "abstract"])
+@pytest.fixture
 def told(request, tmp_path, new_daemon):
-    """A daemon that is not started, and the messages that it sends to systemd, as a list that grows."""
-    name = str(tmp_path / "notify") if request.param == "path" else f"\0{tmp_path}/notify"
+    """A daemon that is not started and archives nothing, and its messages to systemd, as a list that grows."""
+    name = f"\0{tmp_path}/notify" if getattr(request, "param", "") == "abstract" else str(tmp_path / "notify")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.bind(name)
     messages = []
@@ -34,7 +34,7 @@ def told(request, tmp_path, new_daemon):
 
     thread = threading.Thread(target=receive, daemon=True)
     thread.start()
-    daemon = new_daemon(start=False)
+    daemon = new_daemon(start=False, archive__workers="0")
     daemon.environment["NOTIFY_SOCKET"] = name.replace("\0", "@")
     yield daemon, messages
     socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"", name)
@@ -166,8 +166,10 @@ def test_sockets_of_another_process_are_left_alone(new_daemon):
 # What systemd is told -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("told", ["path", "abstract"], indirect=True)
 def test_from_ready_to_stopping(told, s3):
     daemon, messages = told
+    daemon.set(archive__workers=None)
     daemon.environment.update(WATCHDOG_USEC="2000000")
     daemon.start()
     assert until(lambda: messages)[0] == "READY=1"
@@ -199,6 +201,7 @@ def test_ready_comes_before_boto3(told, tmp_path):
         "raise ImportError('none here')\n"
     )
     daemon.environment["PYTHONPATH"] = str(tmp_path)
+    daemon.set(archive__workers=None)
     daemon.refused()
     until(lambda: re.search("STATUS=.*none here", messages[-1]))
     assert messages[0] == "READY=1"
@@ -228,8 +231,6 @@ def test_the_journal_is_told_how_bad_it_is(new_daemon, option, says):
 
 def test_a_thread_that_does_not_move_starves_the_watchdog(told, tracer):
     daemon, messages = told
-    if "@" in daemon.environment["NOTIFY_SOCKET"]:
-        pytest.skip("once is enough")
     daemon.environment["WATCHDOG_USEC"] = "1000000"
     daemon.set(server__wait="0")
     daemon.start()
