@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from test_http import trickle
 
 import ts3d
 
@@ -49,6 +50,15 @@ def load(daemon):
     ts3d.require_upstreams(config)
     ts3d.S3(config).client()
     return config
+
+
+def in_a_file(daemon, option, text):
+    """The daemon, with a secret in a file instead."""
+    file = daemon.folder / "secrets" / "secret"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    daemon.set(**{option: None, f"{option}_file": file.name})
+    return daemon
 
 
 def wrong(daemon):
@@ -145,22 +155,12 @@ def test_a_number_below_zero_is_out_of_range(new_daemon):
 def test_a_token_that_is_short_or_breaks_a_url(new_daemon, option):
     """It is pasted into a URL as it is: RFC 6750's characters alone pass there unchanged."""
     tokens = {f"open{character}{TOKEN}": "URL" for character in "&%?;:@,'(!*\\\u00e9"}
-    for token, says in {"fifteen-letters": "16", "alert": "16", f"{TOKEN}#": "URL", **tokens}.items():
-        line = mistake(new_daemon(start=False, **{f"server__{option}": token}))
-        assert f"[server] {option}" in line
-        assert says in line
-
-
-@pytest.mark.parametrize("in_a_file", [False, True])
-def test_each_of_several_tokens_is_long_enough(new_daemon, in_a_file):
-    daemon = new_daemon(start=False, server__webhook_token=f"{TOKEN}\n  short")
-    if in_a_file:
-        (daemon.folder / "secrets").mkdir()
-        (daemon.folder / "secrets" / "token").write_text(f"{TOKEN}\nshort\n")
-        daemon.set(server__webhook_token=None, server__webhook_token_file="token")
-    line = mistake(daemon)
-    assert "webhook_token" in line
-    assert "16" in line
+    tokens |= {"fifteen-letters": "16", "alert": "16", f"{TOKEN}\n  short": "16", f"{TOKEN}#": "URL"}
+    for token, says in tokens.items():
+        daemon = new_daemon(start=False, **{f"server__{option}": token})
+        for line in (mistake(daemon), mistake(in_a_file(daemon, f"server__{option}", token.replace(" ", "")))):
+            assert f"[server] {option}" in line
+            assert says in line
 
 
 def test_every_character_that_a_token_may_have(new_daemon):
@@ -210,13 +210,11 @@ def test_neither_quotes_nor_comments_are_part_of_a_value(new_daemon, option, for
     assert is_called(mistake(new_daemon(start=False, **{option: form.format(TEXTS[option])})), option, form)
 
 
-@pytest.mark.parametrize("form", ['"{}"', "'{}'", "{} # mine"])
 @pytest.mark.parametrize("option", ["server__webhook_token", "threatstack__api_key"])
-def test_nor_of_a_secret_in_a_file(new_daemon, option, form):
-    daemon = new_daemon(start=False, **{option: None, f"{option}_file": "secret"})
-    (daemon.folder / "secrets").mkdir()
-    (daemon.folder / "secrets" / "secret").write_text(form.format(TEXTS[option]) + "\n")
-    assert is_called(mistake(daemon), option, form)
+def test_nor_of_a_secret_in_a_file(new_daemon, option):
+    daemon = new_daemon(start=False)
+    for form in ('"{}"', "'{}'", "{} # mine"):
+        assert is_called(mistake(in_a_file(daemon, option, form.format(TEXTS[option]) + "\n")), option, form)
 
 
 def test_a_value_may_hold_what_looks_alike(new_daemon, s3):
@@ -403,19 +401,14 @@ def write_secrets(folder, start, end):
 
 
 def test_an_empty_token_file_opens_no_door(new_daemon):
-    daemon = new_daemon(start=False, server__webhook_token_file="token", **LEAVE)
-    (daemon.folder / "secrets").mkdir()
     for text in ("", "\n", "\n\r\n", " \n"):
-        (daemon.folder / "secrets" / "token").write_text(text)
-        assert "webhook_token_file = 'token'" in mistake(daemon)
+        daemon = in_a_file(new_daemon(start=False), "server__webhook_token", text)
+        assert "webhook_token_file = 'secret'" in mistake(daemon)
 
 
 def test_an_empty_secret_is_asked_for_where_it_belongs(new_daemon):
-    daemon = new_daemon(start=False, threatstack__api_key=None, threatstack__api_key_file="api_key")
-    (daemon.folder / "secrets").mkdir()
-    file = daemon.folder / "secrets" / "api_key"
-    file.write_text("\n")
-    assert re.search(rf"\[threatstack\] api_key\b.*({file}|api_key_file)", mistake(daemon))
+    daemon = in_a_file(new_daemon(start=False), "threatstack__api_key", "\n")
+    assert re.search(rf"\[threatstack\] api_key\b.*({daemon.folder}/secrets/secret|api_key_file)", mistake(daemon))
 
 
 def test_a_key_with_percent_signs(new_daemon, api):
@@ -445,15 +438,7 @@ def test_a_request_that_is_late_is_answered_over_https_too(new_daemon, certifica
     plain = socket.create_connection(daemon.address, 15)
     with certificate.context.wrap_socket(plain, server_hostname="localhost") as sock:
         sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
-        sock.settimeout(0.2)
-        answer = b""
-        while not answer:
-            try:
-                answer = sock.recv(65536)
-                assert answer
-            except TimeoutError:
-                sock.sendall(b"X")
-        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert trickle(sock, b"X").startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_certificate_that_cannot_be_used(new_daemon, tmp_path):

@@ -37,6 +37,16 @@ def talk(daemon, data, seconds=15, shut=False):
     return received
 
 
+def trickle(sock, byte):
+    """Send a byte now and then until an answer comes, and return that."""
+    sock.settimeout(0.2)
+    while True:
+        try:
+            return sock.recv(65536)
+        except TimeoutError:
+            sock.sendall(byte)
+
+
 def message(headers=(), body=b"", method="POST", path=PATH, version="HTTP/1.1", host=b"Host: x\r\n"):
     lines = b"".join(header + b"\r\n" for header in headers)
     auth = b"Authorization: Bearer " + TOKEN.encode() + b"\r\n"
@@ -450,14 +460,7 @@ def test_the_whole_request_has_one_deadline(new_daemon):
     begin = time.monotonic()
     with socket.create_connection(daemon.address, 10) as sock:
         sock.sendall(message([LENGTH]))
-        sock.settimeout(0.2)
-        received = b""
-        while not received:
-            try:
-                received = sock.recv(65536)
-            except TimeoutError:
-                sock.sendall(b" ")  # a byte now and then
-        assert error_of(received) == (408, "timeout")
+        assert error_of(trickle(sock, b" ")) == (408, "timeout")
     assert time.monotonic() - begin < 8
 
 
@@ -499,7 +502,7 @@ PROXIES = {
 }}
 http://127.0.0.1:{port} {{
     bind 127.0.0.1
-    reverse_proxy 127.0.0.1:{ts3d}
+    reverse_proxy {upstream}
 }}
 """,
     "nginx": """pid {folder}/pid;
@@ -512,7 +515,7 @@ http {{
     fastcgi_temp_path {folder};
     uwsgi_temp_path {folder};
     scgi_temp_path {folder};
-    upstream ts3d {{ server 127.0.0.1:{ts3d}; keepalive 100; }}
+    {upstream}
     server {{
         listen 127.0.0.1:{port};
         location / {{
@@ -527,55 +530,49 @@ http {{
 }
 
 
-@pytest.fixture(params=PROXIES)
-def reverse_proxy(request, tmp_path):
-    """Starts a reverse proxy before a daemon; its port."""
-    program = shutil.which(request.param, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin")
+@contextlib.contextmanager
+def reverse_proxy(name, folder, upstream):
+    """A running reverse proxy; the value is its port."""
+    program = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin")
     if not program:
-        pytest.skip(f"no {request.param}")
-    processes = []
-
-    def start(daemon):
-        port, file = free_port(), tmp_path / "proxy.conf"
-        file.write_text(PROXIES[request.param].format(folder=tmp_path, port=port, ts3d=daemon.address[1]))
-        arguments = ["run", "--adapter=caddyfile", "--config", file]
-        if request.param == "nginx":
-            arguments = ["-p", tmp_path, "-e", "stderr", "-c", file, "-g", "daemon off; master_process off;"]
-        environ = environment(HOME=tmp_path)
-        processes.append(subprocess.Popen([program, *arguments], stderr=subprocess.DEVNULL, env=environ))
-        until(lambda: listening(port), what=request.param)
-        return port
-
-    yield start
-    for process in processes:
-        process.terminate()
-        process.wait()
+        pytest.skip(f"no {name}")
+    port, file = free_port(), folder / "proxy.conf"
+    file.write_text(PROXIES[name].format(folder=folder, port=port, upstream=upstream))
+    arguments = ["run", "--adapter=caddyfile", "--config", file]
+    if name == "nginx":
+        arguments = ["-p", folder, "-e", "stderr", "-c", file, "-g", "daemon off; master_process off;"]
+    with subprocess.Popen([program, *arguments], stderr=subprocess.DEVNULL, env=environment(HOME=folder)) as process:
+        try:
+            until(lambda: listening(port), what=name)
+            yield port
+        finally:
+            process.terminate()
 
 
-def test_webhooks_beside_the_time_of_a_request_through_a_proxy(new_daemon, reverse_proxy):
+@pytest.mark.parametrize(
+    ("name", "upstream"),
+    [("caddy", "127.0.0.1:{}"), ("nginx", "upstream ts3d {{ server 127.0.0.1:{}; keepalive 100; }}")],
+)
+def test_webhooks_through_a_reverse_proxy(new_daemon, tmp_path, name, upstream):
     """A proxy uses a connection again in the moment in which a daemon that counted idle time so would close it."""
     daemon = new_daemon(archive__workers="0", server__request_timeout="0.5", server__wait="0")
-    port, statuses, pause = reverse_proxy(daemon), [], threading.Event()
+    statuses, pause = [], threading.Event()
 
-    def send(number):
+    def send(port, source="127.0.0.1", **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10, source_address=(source, 0))
+        connection.request("POST", f"{PATH}?token={TOKEN}", EMPTY, headers)
+        statuses.append(connection.getresponse().status)
+        connection.close()
+
+    def client(port, number):
         for _ in range(8):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-            connection.request("POST", f"{PATH}?token={TOKEN}", EMPTY)
-            statuses.append(connection.getresponse().status)
-            connection.close()
+            send(port)
             pause.wait(0.49 + number / 4000)
 
-    with ThreadPoolExecutor(40) as pool:
-        list(pool.map(send, range(40)))
-    assert statuses == [200] * 320
-
-
-def test_the_log_names_the_sender_behind_a_proxy(daemon, reverse_proxy):
-    port = reverse_proxy(daemon)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10, source_address=("127.0.0.7", 0))
-    connection.request("POST", f"{PATH}?token={TOKEN}", EMPTY, {"X-Forwarded-For": "203.0.113.9"})
-    assert connection.getresponse().status == 200
-    connection.close()
+    with reverse_proxy(name, tmp_path, upstream.format(daemon.address[1])) as port, ThreadPoolExecutor(40) as pool:
+        list(pool.map(client, [port] * 40, range(40)))
+        send(port, "127.0.0.7", **{"X-Forwarded-For": "203.0.113.9"})
+    assert statuses == [200] * 321
     # The last is what the proxy itself saw; the sender may have sent any other.
     until(lambda: daemon.logged(r"POST \S+ 200 .*client=127.0.0.1 .*forwarded_for=127.0.0.7 "))
 
@@ -608,16 +605,6 @@ def test_bodies_that_do_not_arrive_end_with_their_deadline(new_daemon):
         assert daemon.post(EMPTY)[0] == 200
         # Once those are late it is the turn of others.
         until(lambda: daemon.post({"alerts": [alert(1, text="x" * 200_000)]})[0] == 200)
-
-
-def test_clients_that_vanish(daemon):
-    whole = message([LENGTH], EMPTY)
-    for n in range(0, len(whole), 20):
-        with socket.create_connection(daemon.address, 10) as sock:
-            sock.sendall(whole[:n])
-    assert daemon.post(EMPTY)[0] == 200
-    line = 'POST /api/v1/s3/alert - request=[0-9a-f]{16} client=127.0.0.1 .*error="closed in the middle of a body"'
-    until(lambda: daemon.logged(line))
 
 
 def test_a_connection_that_is_shut_down_stays_encrypted(certificate):
