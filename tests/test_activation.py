@@ -42,11 +42,11 @@ def told(request, tmp_path, new_daemon):
     sock.close()
 
 
-def post(address, number):
-    """Post an alert to a socket's address; the answer."""
-    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as sock:
+def post(listening, number):
+    """Post an alert to a listening socket; the answer."""
+    with socket.socket(listening.family) as sock:
         sock.settimeout(30)
-        sock.connect(address)
+        sock.connect(listening.getsockname())
         send(sock, number)
         return receive(sock)
 
@@ -65,30 +65,23 @@ def receive(sock):
 
 
 def test_several_sockets_of_each_kind(new_daemon, listener, tmp_path, s3):
-    places = ["127.0.0.1:0", "127.0.0.1:0", str(tmp_path / "sock")]
+    places = ["127.0.0.1:0", "127.0.0.1:0", "[::1]:0", str(tmp_path / "sock"), f"\0{tmp_path}"]
     daemon = new_daemon(start=False)
     daemon.handed = [listener(place) for place in places]
     daemon.start()
     for i, sock in enumerate(daemon.handed):
-        assert post(sock.getsockname(), i)["alerts"][0]["state"] == "archived"
-    ports = [sock.getsockname()[1] for sock in daemon.handed[:2]]
-    assert daemon.logged(f"listens on http://127.0.0.1:{ports[0]}, ?http://127.0.0.1:{ports[1]}, ?unix:{places[2]} ")
+        assert post(sock, i)["alerts"][0]["state"] == "archived"
+    first, second, third = [sock.getsockname()[1] for sock in daemon.handed[:3]]
+    urls = [f"http://127.0.0.1:{first}", f"http://127.0.0.1:{second}", rf"http://\[::1\]:{third}"]
+    assert daemon.logged(f"listens on {', ?'.join([*urls, f'unix:{places[3]}', f'unix:@{tmp_path}'])} ")
     assert daemon.logged("client=local")
-    assert len(s3.objects()) == 6
+    assert len(s3.objects()) == 10
     assert daemon.stop() == 0
-    assert os.path.exists(places[2])  # it is systemd's
-
-
-def test_ipv6_and_an_abstract_socket(new_daemon, listener, tmp_path):
-    daemon = new_daemon(start=False)
-    daemon.handed = [listener(f"\0{tmp_path}"), listener("[::1]:0")]
-    daemon.start()
-    assert daemon.logged(rf"listens on unix:@{tmp_path}, ?http://\[::1\]:[0-9]+ ")
-    assert post(f"\0{tmp_path}", 1)["success"]
+    assert os.path.exists(places[3])  # it is systemd's
 
 
 def test_what_waits_while_no_daemon_runs_is_answered_by_the_next(new_daemon, listener):
-    daemon = new_daemon(start=False)
+    daemon = new_daemon(start=False, archive__workers="0")
     daemon.handed = [listener("127.0.0.1:0")]
     for number in range(3):
         with socket.create_connection(daemon.handed[0].getsockname()) as client:
@@ -107,7 +100,7 @@ def test_a_restart_under_load_refuses_and_resets_nothing(new_daemon, listener, s
     def client(number):
         while not done.is_set():
             try:
-                answers.append(post(daemon.handed[0].getsockname(), number))
+                answers.append(post(daemon.handed[0], number))
             except (OSError, ValueError) as error:
                 errors.append(error)
             number += 10
@@ -128,7 +121,7 @@ def test_a_restart_under_load_refuses_and_resets_nothing(new_daemon, listener, s
 
 @pytest.mark.parametrize("where", ["0.0.0.0:0", "[::]:0"])
 def test_a_handed_socket_that_others_reach_wants_a_token(new_daemon, listener, where):
-    daemon = new_daemon(start=False, server__webhook_token=None)
+    daemon = new_daemon(start=False, server__webhook_token=None, archive__workers="0")
     daemon.handed = [listener("127.0.0.1:0"), listener(where)]
     line = daemon.refused()
     assert re.search(r"^ts3d: .*tcp://\S+:[0-9]+.*\[server\] webhook_token", line), line
@@ -137,10 +130,10 @@ def test_a_handed_socket_that_others_reach_wants_a_token(new_daemon, listener, w
 
 
 def test_a_unix_socket_needs_no_token(new_daemon, listener, tmp_path):
-    daemon = new_daemon(start=False, server__webhook_token=None)
+    daemon = new_daemon(start=False, server__webhook_token=None, archive__workers="0")
     daemon.handed = [listener(str(tmp_path / "sock"))]
     daemon.start()
-    assert post(str(tmp_path / "sock"), 1)["success"]
+    assert post(daemon.handed[0], 1)["success"]
     assert daemon.logged("WARNING .*webhook_token is not set")
 
 
