@@ -20,10 +20,10 @@ from test_http import CLOSE, message
 import ts3d
 
 
-@pytest.fixture(params=["path", "abstract"])
+@pytest.fixture
 def told(request, tmp_path, new_daemon):
-    """A daemon that is not started, and the messages that it sends to systemd, as a list that grows."""
-    name = str(tmp_path / "notify") if request.param == "path" else f"\0{tmp_path}/notify"
+    """A daemon that is not started and archives nothing, and its messages to systemd, as a list that grows."""
+    name = f"\0{tmp_path}/notify" if getattr(request, "param", "") == "abstract" else str(tmp_path / "notify")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.bind(name)
     messages = []
@@ -34,7 +34,7 @@ def told(request, tmp_path, new_daemon):
 
     thread = threading.Thread(target=receive, daemon=True)
     thread.start()
-    daemon = new_daemon(start=False)
+    daemon = new_daemon(start=False, archive__workers="0")
     daemon.environment["NOTIFY_SOCKET"] = name.replace("\0", "@")
     yield daemon, messages
     socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"", name)
@@ -42,11 +42,11 @@ def told(request, tmp_path, new_daemon):
     sock.close()
 
 
-def post(address, number):
-    """Post an alert to a socket's address; the answer."""
-    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as sock:
+def post(listening, number):
+    """Post an alert to a listening socket; the answer."""
+    with socket.socket(listening.family) as sock:
         sock.settimeout(30)
-        sock.connect(address)
+        sock.connect(listening.getsockname())
         send(sock, number)
         return receive(sock)
 
@@ -65,30 +65,23 @@ def receive(sock):
 
 
 def test_several_sockets_of_each_kind(new_daemon, listener, tmp_path, s3):
-    places = ["127.0.0.1:0", "127.0.0.1:0", str(tmp_path / "sock")]
+    places = ["127.0.0.1:0", "127.0.0.1:0", "[::1]:0", str(tmp_path / "sock"), f"\0{tmp_path}"]
     daemon = new_daemon(start=False)
     daemon.handed = [listener(place) for place in places]
     daemon.start()
     for i, sock in enumerate(daemon.handed):
-        assert post(sock.getsockname(), i)["alerts"][0]["state"] == "archived"
-    ports = [sock.getsockname()[1] for sock in daemon.handed[:2]]
-    assert daemon.logged(f"listens on http://127.0.0.1:{ports[0]}, ?http://127.0.0.1:{ports[1]}, ?unix:{places[2]} ")
+        assert post(sock, i)["alerts"][0]["state"] == "archived"
+    first, second, third = [sock.getsockname()[1] for sock in daemon.handed[:3]]
+    urls = [f"http://127.0.0.1:{first}", f"http://127.0.0.1:{second}", rf"http://\[::1\]:{third}"]
+    assert daemon.logged(f"listens on {', ?'.join([*urls, f'unix:{places[3]}', f'unix:@{tmp_path}'])} ")
     assert daemon.logged("client=local")
-    assert len(s3.objects()) == 6
+    assert len(s3.objects()) == 10
     assert daemon.stop() == 0
-    assert os.path.exists(places[2])  # it is systemd's
-
-
-def test_ipv6_and_an_abstract_socket(new_daemon, listener, tmp_path):
-    daemon = new_daemon(start=False)
-    daemon.handed = [listener(f"\0{tmp_path}"), listener("[::1]:0")]
-    daemon.start()
-    assert daemon.logged(rf"listens on unix:@{tmp_path}, ?http://\[::1\]:[0-9]+ ")
-    assert post(f"\0{tmp_path}", 1)["success"]
+    assert os.path.exists(places[3])  # it is systemd's
 
 
 def test_what_waits_while_no_daemon_runs_is_answered_by_the_next(new_daemon, listener):
-    daemon = new_daemon(start=False)
+    daemon = new_daemon(start=False, archive__workers="0")
     daemon.handed = [listener("127.0.0.1:0")]
     for number in range(3):
         with socket.create_connection(daemon.handed[0].getsockname()) as client:
@@ -107,7 +100,7 @@ def test_a_restart_under_load_refuses_and_resets_nothing(new_daemon, listener, s
     def client(number):
         while not done.is_set():
             try:
-                answers.append(post(daemon.handed[0].getsockname(), number))
+                answers.append(post(daemon.handed[0], number))
             except (OSError, ValueError) as error:
                 errors.append(error)
             number += 10
@@ -128,7 +121,7 @@ def test_a_restart_under_load_refuses_and_resets_nothing(new_daemon, listener, s
 
 @pytest.mark.parametrize("where", ["0.0.0.0:0", "[::]:0"])
 def test_a_handed_socket_that_others_reach_wants_a_token(new_daemon, listener, where):
-    daemon = new_daemon(start=False, server__webhook_token=None)
+    daemon = new_daemon(start=False, server__webhook_token=None, archive__workers="0")
     daemon.handed = [listener("127.0.0.1:0"), listener(where)]
     line = daemon.refused()
     assert re.search(r"^ts3d: .*tcp://\S+:[0-9]+.*\[server\] webhook_token", line), line
@@ -137,10 +130,10 @@ def test_a_handed_socket_that_others_reach_wants_a_token(new_daemon, listener, w
 
 
 def test_a_unix_socket_needs_no_token(new_daemon, listener, tmp_path):
-    daemon = new_daemon(start=False, server__webhook_token=None)
+    daemon = new_daemon(start=False, server__webhook_token=None, archive__workers="0")
     daemon.handed = [listener(str(tmp_path / "sock"))]
     daemon.start()
-    assert post(str(tmp_path / "sock"), 1)["success"]
+    assert post(daemon.handed[0], 1)["success"]
     assert daemon.logged("WARNING .*webhook_token is not set")
 
 
@@ -166,8 +159,10 @@ def test_sockets_of_another_process_are_left_alone(new_daemon):
 # What systemd is told -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("told", ["path", "abstract"], indirect=True)
 def test_from_ready_to_stopping(told, s3):
     daemon, messages = told
+    daemon.set(archive__workers=None)
     daemon.environment.update(WATCHDOG_USEC="2000000")
     daemon.start()
     assert until(lambda: messages)[0] == "READY=1"
@@ -199,6 +194,7 @@ def test_ready_comes_before_boto3(told, tmp_path):
         "raise ImportError('none here')\n"
     )
     daemon.environment["PYTHONPATH"] = str(tmp_path)
+    daemon.set(archive__workers=None)
     daemon.refused()
     until(lambda: re.search("STATUS=.*none here", messages[-1]))
     assert messages[0] == "READY=1"
@@ -228,8 +224,6 @@ def test_the_journal_is_told_how_bad_it_is(new_daemon, option, says):
 
 def test_a_thread_that_does_not_move_starves_the_watchdog(told, tracer):
     daemon, messages = told
-    if "@" in daemon.environment["NOTIFY_SOCKET"]:
-        pytest.skip("once is enough")
     daemon.environment["WATCHDOG_USEC"] = "1000000"
     daemon.set(server__wait="0")
     daemon.start()

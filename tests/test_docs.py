@@ -327,22 +327,30 @@ def test_curl_lines(daemon):
             assert run(f"{command} -o /dev/null -w '%{{http_code}}'").endswith(f"\n{comment.split()[0].rstrip(',:')}")
 
 
-@pytest.mark.parametrize("line", readme("Backfill", "sh").splitlines())
-def test_backfills(new_daemon, line):
-    daemon = new_daemon()
-    command, _, comment = line.removeprefix("ts3d ").partition(" #")
-    for arguments in (
-        command.split(),
-        *(["backfill", "--from", time] for time in re.findall(r"2026-\S+T\S+", comment)),
-    ):
-        result = daemon.run(*arguments)
-        assert result.returncode == 0, result
-        assert re.search(r"\b0 listed\b.*\b0 queued\b", result.stdout)
+def test_backfills(daemon):
+    for line in readme("Backfill", "sh").splitlines():
+        command, _, comment = line.removeprefix("ts3d ").partition(" #")
+        others = [["backfill", "--from", time] for time in re.findall(r"2026-\S+T\S+", comment)]
+        for arguments in (command.split(), *others):
+            result = daemon.run(*arguments)
+            assert result.returncode == 0, result
+            assert re.search(r"\b0 listed\b.*\b0 queued\b", result.stdout)
 
 
-@pytest.fixture
-def failed(new_daemon, api):
-    """A daemon that has marked the tutorial's alert failed, while others were archived."""
+COMMANDS = {  # of the text: exit code with a failed alert, and what is in the output
+    "ts3d status": (1, "failed   1"),
+    "ts3d status --failed": (1, TUTORIAL_ID),
+    "ts3d check": (0, "1 failed"),
+    "ts3d --version": (0, f"ts3d {ts3d.VERSION}"),
+    "ts3d serve": (78, ""),
+    "ts3d backfill": (0, "listed"),
+    f"ts3d retry {TUTORIAL_ID}": (0, "1 queued again"),
+    "ts3d retry": (0, "0 queued again"),
+}
+
+
+def test_commands(new_daemon, api):
+    """With a failed alert, while others were archived, and a daemon running; and the members of `status --json`."""
     api.modes[TUTORIAL_ID] = 404
     daemon, numbers = new_daemon(archive__give_up_after="1", server__wait="0"), itertools.count(1)
     daemon.post({"alerts": [alert(id=TUTORIAL_ID)]})
@@ -353,41 +361,19 @@ def failed(new_daemon, api):
 
     until(is_failed, 40, "failed alert")
     until(lambda: daemon.health()["queued"] == 0, what="empty queue")
-    return daemon
-
-
-COMMANDS = {  # of the text: exit code with a failed alert, and what is in the output
-    "ts3d status": (1, "failed   1"),
-    "ts3d status --failed": (1, TUTORIAL_ID),
-    "ts3d check": (0, "1 failed"),
-    "ts3d retry": (0, "1"),
-    "ts3d --version": (0, f"ts3d {ts3d.VERSION}"),
-    "ts3d serve": (78, ""),
-    "ts3d backfill": (0, "listed"),
-}
-
-
-@pytest.mark.parametrize("code", sorted({code for code in INLINE if code.startswith("ts3d ")}))
-def test_commands(failed, code):
-    """One table row of *Commands* too: with a failed alert, and a daemon running."""
-    known = code.replace(" [ID …]", "")
-    status, says = COMMANDS[known]
-    result = failed.run(*known.split()[1:])
-    assert result.returncode == status, result
-    assert says in result.stdout
+    named = set(re.findall("`([a-z_]+)`", section("Monitoring").partition("```")[0]))
+    report = json.loads(daemon.run("status", "--json", "--failed").stdout)
+    members = set(report).union(*report["causes"], *report["failures"])
+    assert members <= named
+    assert named - members <= {"since", "queued", "alert"}  # only while there is such a problem
+    assert {code.replace("[ID …]", TUTORIAL_ID) for code in INLINE if code.startswith("ts3d ")} == set(COMMANDS)
+    for code, (status, says) in COMMANDS.items():
+        result = daemon.run(*code.split()[1:])
+        assert result.returncode == status, result
+        assert says in result.stdout
 
 
 # What the tables and lists name is what there is ----------------------------------------------------------------------
-
-
-def test_the_members_of_json(failed):
-    """Each that the manual names is there, and each that is there is named."""
-    named = set(re.findall("`([a-z_]+)`", section("Monitoring").partition("```")[0]))
-    status = json.loads(failed.run("status", "--json", "--failed").stdout)
-    members = {*status, *(name for cause in status["causes"] for name in cause)}
-    members |= {name for failure in status["failures"] for name in failure}
-    assert members <= named
-    assert named - members <= {"since", "queued", "alert"}  # only while there is such a problem
 
 
 def test_statuses():

@@ -45,7 +45,7 @@ def test_800_slow_connections_keep_nobody_waiting(new_daemon, mode):
 
 def test_more_connections_than_there_is_room_for(new_daemon):
     """Each new one is served, at the cost of one that makes us wait for longer."""
-    daemon = new_daemon(server__max_connections="20", server__request_timeout="60", server__wait="0")
+    daemon = new_daemon(server__max_connections="20", server__request_timeout="60", archive__workers="0")
     with connections(daemon, 100, b"POST /api/v1/s3/alert HTTP/1.1\r\n"):
         for n in range(20):
             assert daemon.post({"alerts": [alert(n)]})[0] == 200
@@ -77,7 +77,8 @@ def test_file_descriptors_are_left_for_the_archive(new_daemon, s3):
 
 
 def test_handshakes_that_never_end(new_daemon, certificate):
-    daemon = new_daemon(server__request_timeout="60", **certificate.options)
+    daemon = new_daemon(server__request_timeout="60", archive__workers="0", **certificate.options)
+    assert daemon.logged("listens on https://")
     # A hello's beginning, and nothing at all.
     with connections(daemon, 100, b"\x16\x03\x01\x02\x00"), connections(daemon, 100):
         for _ in range(5):
@@ -110,7 +111,7 @@ def test_memory_is_bounded_whatever_is_sent(new_daemon, what):
 
 def test_memory_is_bounded_without_the_token(new_daemon):
     """1,024 connections, each with as many bytes of headers as are read."""
-    daemon = new_daemon(server__request_timeout="60", server__wait="0")
+    daemon = new_daemon(server__request_timeout="60", archive__workers="0")
     head = b"POST /api/v1/s3/alert HTTP/1.1\r\n" + b"A: %s\r\n" % (b"x" * 600) * 99
     with connections(daemon, 1000, head):
         assert daemon.post({"alerts": [alert(0)]})[0] == 200
