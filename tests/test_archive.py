@@ -99,6 +99,7 @@ def test_a_webhook_with_something_rejected_is_200_and_kept_whole(daemon, s3):
     assert re.fullmatch(r"rejected/\d{4}(/\d\d){4}/[0-9a-f]{64}", key)
     assert kept == body
     assert len(s3.objects("webhooks/")) == 2
+    until(lambda: daemon.logged(rf"INFO archived id={key[-64:]} tries=1 seconds=\S+ keys={key}\n"))
 
 
 def test_of_one_id_with_two_bodies_the_later_one_is_kept(new_daemon, s3):

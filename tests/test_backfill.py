@@ -153,11 +153,10 @@ def test_500_alerts_of_which_some_are_there_already(make, s3, api, seconds, even
     assert backfill(daemon) == summary(500, archived=500)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_an_outage_is_made_good(make, s3, api, version):
+def test_an_outage_is_made_good(make, s3, api):
     """The daemon is down for a while, and Threat Stack drops the webhooks."""
-    daemon = make(version, start=True)
-    api.lists["active"] = [listed(n, version) for n in range(250)]
+    daemon = make(1, start=True)  # version 2: test_500_alerts_of_which_some_are_there_already
+    api.lists["active"] = [listed(n, 1) for n in range(250)]
 
     def webhook(numbers):
         bodies = [dict(alert(n), created_at=api.lists["active"][n][0]) for n in numbers]
@@ -179,23 +178,20 @@ def test_an_outage_is_made_good(make, s3, api, version):
 
 
 def test_without_a_daemon(make, s3, api):
-    daemon = make()
-    api.lists["active"] = [listed(n) for n in range(150)]
-    assert backfill(daemon) == summary(150, queued=150)
-    assert [(f"alert-{n:06}", "backfill", api.lists["active"][n][1]) for n in range(150)] == queued(daemon)
-    assert backfill(daemon) == summary(150, waiting=150)
-    assert len(queued(daemon)) == 150
-    daemon.start()
-    until(lambda: len(s3.objects("alerts/")) == 150)
-
-
-def test_what_is_queued_by_webhook_is_not_queued_again(make, s3, api):
+    """What is queued, by a webhook too, is not queued again."""
     daemon = make(archive__workers="0", start=True)
     daemon.post({"alerts": [alert(3)]})
-    api.lists["active"] = [listed(n) for n in range(5)]
-    assert backfill(daemon) == summary(5, waiting=1, queued=4)
-    assert [(id_, step) for id_, step, _ in queued(daemon)].count(("alert-000003", "webhooks")) == 1
-    assert len(queued(daemon)) == 5
+    daemon.stop()
+    api.lists["active"] = [listed(n) for n in range(150)]
+    assert backfill(daemon) == summary(150, waiting=1, queued=149)
+    found = [(f"alert-{n:06}", "backfill", api.lists["active"][n][1]) for n in range(150) if n != 3]
+    assert queued(daemon)[1:] == found
+    assert queued(daemon)[0][:2] == ("alert-000003", "webhooks")
+    assert backfill(daemon) == summary(150, waiting=150)
+    assert len(queued(daemon)) == 150
+    daemon.set(archive__workers=None)
+    daemon.start()
+    until(lambda: len(s3.objects("alerts/")) == 150)
 
 
 def test_put_queues_what_backfill_found_once(tmp_path):
@@ -239,7 +235,8 @@ def test_the_prefix_is_where_it_looks(make, s3, api):
 # The list -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_alert_that_is_dismissed_between_the_lists(make, s3, api):
+def test_alerts_that_are_dismissed_between_the_lists(make, s3, api):
+    """One before the first list had it, one after that: it is listed twice."""
     daemon = make()
     api.lists["active"] = [listed(n) for n in range(250)]
     api.lists["dismissed"] = [listed(n) for n in range(250, 370)]
@@ -247,20 +244,13 @@ def test_an_alert_that_is_dismissed_between_the_lists(make, s3, api):
     def dismiss(handler):
         handler.succeed("alerts")
         if len(api.queries()) == 1:  # the first page has been given, the third has not
-            api.lists["dismissed"].insert(0, api.lists["active"].pop(230))
+            api.lists["dismissed"][:0] = api.lists["active"].pop(230), api.lists["active"].pop(30)
 
     api.modes["alerts"] = dismiss
-    assert backfill(daemon) == summary(370, queued=370)
+    assert backfill(daemon) == summary(371, waiting=1, queued=370)
     assert {id_ for id_, _, _ in queued(daemon)} == {f"alert-{n:06}" for n in range(370)}
     assert [query["status"] for query in api.queries()] == ["active"] * 3 + ["dismissed"] * 2
     assert len({(query["from"], query["until"]) for query in api.queries()}) == 1
-
-
-def test_an_alert_that_is_listed_twice(make, s3, api):
-    """It was dismissed after the first list had it."""
-    daemon = make()
-    api.lists = {status: [listed(n) for n in range(3)] for status in ("active", "dismissed")}
-    assert backfill(daemon) == summary(6, waiting=3, queued=3)
 
 
 @pytest.mark.parametrize(("version", "late"), [(1, False), (2, False), (1, True)])
@@ -428,7 +418,7 @@ def test_where_it_goes_on(make, s3, api, version):
     assert remembered(daemon) == pytest.approx(second, abs=0.01)
     # A range that is named moves nothing.
     run("--from", "5d", "--until", "4d", begin=5 * DAY, end=4 * DAY)
-    run("--from", "2h", begin=2 * HOUR)
+    run("--from", "2h", "--until", "2999-01-01", begin=2 * HOUR)  # the end of which is now
     assert remembered(daemon) == pytest.approx(second, abs=0.01)
 
     def set_back(seconds):
@@ -449,12 +439,6 @@ def test_where_it_goes_on(make, s3, api, version):
     assert remembered(daemon) == pytest.approx(third, abs=0.01)
     backfill(daemon, "--until", "2d", code=2)
     assert "is not before" in backfill.said
-
-
-def test_a_range_that_ends_after_now_ends_now(make, api):
-    daemon = make()
-    backfill(daemon, "--from", "2h", "--until", "2999-01-01")
-    assert window(api) == pytest.approx((time.time() - 2 * HOUR, time.time()), abs=20)
 
 
 @pytest.mark.parametrize("option", ["threatstack__api_key", "s3__bucket", "threatstack__user_id"])

@@ -723,14 +723,10 @@ def test_whether_a_daemon_runs(new_daemon):
     post(daemon, alert(0), alert(1))
     for end in (daemon.stop, daemon.kill):
         assert (glance(daemon)["running"], glance(daemon)["queued"], causes(daemon)) == (True, 2, {})
-        assert status(daemon).splitlines()[0] == "daemon   running"
         end()
         assert (glance(daemon)["running"], glance(daemon)["queued"], [*causes(daemon)]) == (False, 2, ["not_running"])
-        said = status(daemon)
-        assert said.splitlines()[0] == "daemon   not running"
-        assert "Current problems:" in said
+        assert re.match("daemon   not running\n(.*\n)+\nCurrent problems:\n", status(daemon))
         daemon.start()
-    assert re.search(r"^queued   2, oldest .+$", status(daemon), re.MULTILINE)
 
 
 def test_the_text_of_status(new_daemon, s3):
@@ -740,7 +736,7 @@ def test_the_text_of_status(new_daemon, s3):
     until(lambda: re.fullmatch(nothing, status(daemon)), what="clean status")
     s3.stop()
     post(daemon, alert(0))
-    until(lambda: "Current problems" in status(daemon))
+    until(lambda: causes(daemon))
     problem = r"Current problems:\ns3.*\n(\s+\S.*\n)*( {4}\S.*\n)+"
     said = rf"daemon   running\nqueued   1, oldest .+\nfailed   0\n{used}\n{problem}"
     assert re.fullmatch(said, status(daemon))
@@ -943,23 +939,21 @@ def test_another_user(new_daemon):
     daemon.set(queue__path=state / "queue.db")
     daemon.start()
     daemon.stop()
-    for path in (daemon.folder, *daemon.folder.parents):
-        if path.stat().st_uid == os.getuid() and path != path.parent:
-            path.chmod(path.stat().st_mode | 0o055)
     daemon.config.chmod(0o644)
-    for mode in (0o700, 0o755):
+    for mode, name in itertools.product((0o700, 0o755), ("serve", "status", "retry")):
         state.chmod(mode)
-        for command in ("serve", "status", "retry"):
-            command = ["setpriv", "--reuid=65534", "--clear-groups", *daemon.command(command)]
-            result = subprocess.run(
-                command, env=daemon.environment, capture_output=True, text=True, timeout=20, check=False
-            )
-            if result.returncode in (126, 127) or "can't open file" in result.stderr:
-                pytest.skip(f"nobody else can run this: {result.stderr}")
-            said_by(result)
-            assert result.returncode == 78
-            assert str(state / "queue.db") in result.stderr
-            assert re.search("(?i)permission denied|may not read|readonly|read-only|unable to open", result.stderr)
+        for path in (daemon.folder, *daemon.folder.parents):  # each time: any pytest that starts closes its folders
+            if path.stat().st_uid == os.getuid() and path != path.parent:
+                path.chmod(path.stat().st_mode | 0o055)
+        command = ["setpriv", "--reuid=65534", "--clear-groups", *daemon.command(name)]
+        result = subprocess.run(
+            command, env=daemon.environment, capture_output=True, text=True, timeout=20, check=False
+        )
+        if result.returncode in (126, 127) or "can't open file" in result.stderr:
+            pytest.skip(f"nobody else can run this: {result.stderr}")
+        said_by(result)
+        assert (result.returncode, str(state / "queue.db") in result.stderr) == (78, True), result
+        assert re.search("(?i)permission denied|may not read|readonly|read-only|unable to open", result.stderr)
 
 
 # retry ----------------------------------------------------------------------------------------------------------------
@@ -990,11 +984,17 @@ def test_retry(new_daemon, s3, api):
     result = daemon.run("retry", "alert-000000", "alert-000000")
     assert (result.returncode, result.stdout, result.stderr) == (0, "1 queued again\n", "")
     until(lambda: len(s3.objects("alerts/")) == 1)
-    assert daemon.run("retry", "alert-000001", "alert-000002").stdout == "2 queued again\n"
-    until(lambda: len(s3.objects("alerts/")) == 3)
+    api.mode = 503
+    post(daemon, alert(9))
+    result = daemon.run("retry", "nowhere", "alert-000009", "alert-000001", "alert-000002")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "2 queued again")
+    assert re.search("^ts3d: .*nowhere.*ts3d status --failed", result.stderr, re.MULTILINE)
+    assert "alert-000009" in result.stdout + result.stderr
+    api.mode = None
+    until(lambda: len(s3.objects("alerts/")) == 4)
     assert glance(daemon)["failed"] == 1
     assert daemon.run("retry").stdout == "1 queued again\n"
-    until(lambda: len(s3.objects("alerts/")) == 4)
+    until(lambda: len(s3.objects("alerts/")) == 5)
     settled(daemon)
     assert (daemon.run("retry").returncode, daemon.run("retry").stdout) == (0, "0 queued again\n")
     assert "alert-" not in status(daemon, "--failed")
@@ -1012,17 +1012,6 @@ def test_retry_without_a_daemon(new_daemon, s3, api):
     daemon.start()
     settled(daemon)
     assert set(s3.objects()) == {"alerts/al/er/alert-000000", "webhooks/2017/01/17/13/51/alert-000000"}
-
-
-def test_ids_that_have_not_failed(new_daemon, api):
-    daemon = new_daemon(**GIVES_UP)
-    fail(daemon, api, 0)
-    api.mode = 503
-    post(daemon, alert(1))
-    result = daemon.run("retry", "nowhere", "alert-000001", "alert-000000")
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "1 queued again")
-    assert re.search("^ts3d: .*nowhere.*ts3d status --failed", result.stderr, re.MULTILINE)
-    assert "alert-000001" in result.stdout + result.stderr
 
 
 def test_whatever_has_failed_is_retried(new_daemon, s3):
