@@ -75,15 +75,12 @@ def started(command, port, log):
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment())
     try:
-        for _ in range(400):
+        deadline = time.monotonic() + 20
+        while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            if process.poll() is not None:
                 break
             time.sleep(0.05)
         else:
-            process.kill()
-        if process.poll() is not None:
             sys.exit(f"{shlex.join(map(str, command))} does not start:\n{log.read_text()}")
         yield
     finally:

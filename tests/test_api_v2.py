@@ -111,19 +111,18 @@ def test_the_detail_is_written_last(v2, bucket):
         assert kinds == ["webhooks", "events", "alerts"]
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [(200, b'{"errors": ["x"]}'), (200, b'"later"'), (200, b"{}"), (200, b""), (403, b"{}"), (500, b"")],
-    ids=str,
-)
-def test_without_its_events_no_detail_is_written(v2, s3, api, answer):
+def test_without_its_events_no_detail_is_written(v2, s3, api):
     daemon = v2(server__wait="0")
-    api.modes["events"] = lambda handler: handler.send(*answer)
-    daemon.post({"alerts": [alert(0)]})
-    until(lambda: daemon.logged("threatstack unavailable: |will be retried id=alert-000000 "))
-    assert set(s3.objects()) == objects_of(alert(0)["id"], MINUTE, "webhooks")
-    del api.modes["events"]
-    until(lambda: len(s3.objects()) == 3)
+    answers = (200, b'{"errors": ["x"]}'), (200, b'"later"'), (200, b"{}"), (200, b""), (403, b"{}"), (500, b"")
+    for n, answer in enumerate(answers):
+        api.modes["events"] = lambda handler, answer=answer: handler.send(*answer)
+        id_, begin = alert(n)["id"], len(daemon.log())
+        daemon.post({"alerts": [alert(n, created_at=alert()["created_at"])]})
+        until(lambda: daemon.logged(f"threatstack unavailable: |will be retried id={id_} ", begin))  # noqa: B023
+        kept = {key for key in s3.objects() if id_ in key}
+        assert kept == objects_of(id_, MINUTE, "webhooks"), answer
+        del api.modes["events"]
+        until(lambda: len(s3.objects()) == 3 * (n + 1))  # noqa: B023
 
 
 @pytest.mark.parametrize(
@@ -151,12 +150,12 @@ def test_events_are_not_missed_while_the_api_lags_behind(v2, s3, api):
     assert set(s3.objects()) == objects_of(alert(0)["id"], MINUTE, "webhooks", "events", "alerts")
 
 
-@pytest.mark.parametrize("events", [b"[]", b'{"events": []}', b'[{"id": "another"}]', b'{"id": "another"}'], ids=str)
-def test_events_need_not_name_the_alert(v2, s3, api, events):
+def test_events_need_not_name_the_alert(v2, s3, api):
     daemon = v2()
-    api.modes["events"] = lambda handler: handler.send(200, events)
-    assert daemon.post({"alerts": [alert(0)]})[1]["alerts"][0]["state"] == "archived"
-    assert s3.objects()["events/al/er/alert-000000"] == events
+    for n, events in enumerate((b"[]", b'{"events": []}', b'[{"id": "another"}]', b'{"id": "another"}')):
+        api.modes["events"] = lambda handler, events=events: handler.send(200, events)
+        assert daemon.post({"alerts": [alert(n)]})[1]["alerts"][0]["state"] == "archived"
+        assert s3.objects()[f"events/al/er/alert-{n:06}"] == events
 
 
 def test_events_that_are_there_are_not_asked_for_again(v2, s3, api):
@@ -233,25 +232,29 @@ def test_check_asks_for_hawks_self_test(v2, s3, api):
 NO_ALERTS = [(404, b'{"errors": ["not found"]}'), (200, b'{"alerts": null, "token": null}'), (200, b'{"alerts": []}')]
 
 
-@pytest.mark.parametrize("answer", NO_ALERTS, ids=str)
 @pytest.mark.parametrize("listed", [None, "active", "dismissed"])
-def test_lists_without_alerts(v2, s3, api, answer, listed):
+def test_lists_without_alerts(v2, s3, api, listed):
     """However the API says it, of both or of one: `check` and `backfill` take it as an empty list."""
-    name = f"half-{listed}-{answer[0]}-{len(answer[1])}"  # S3's stand-in remembers what was there
-    if listed:
-        api.lists[listed] = [threatstack.entry(name, int(time.time() * 1000) - 60_000)]
-    api.modes["alerts"] = lambda handler: (
-        handler.succeed("alerts")
-        if listed and f"status={listed}" in handler.path
-        else handler.is_signed() and handler.send(*answer)
-    )
     daemon = v2()
-    result = daemon.run("check")
-    assert (result.returncode, "FAIL" in result.stdout) == (0, False), result.stdout
-    result = daemon.run("backfill")
-    assert (result.returncode, f"{int(bool(listed))} listed" in result.stdout) == (0, True), result
-    assert {query["status"] for query in api.queries()} == {"active", "dismissed"}
-    until(lambda: not listed or f"alerts/ha/lf/{name}" in s3.objects())
+    for status, body in NO_ALERTS:
+        name = f"half-{listed}-{status}-{len(body)}"  # S3's stand-in remembers what was there
+        if listed:
+            api.lists[listed] = [threatstack.entry(name, int(time.time() * 1000) - 60_000)]
+
+        def answer(handler, status=status, body=body):
+            if listed and f"status={listed}" in handler.path:
+                handler.succeed("alerts")
+            elif handler.is_signed():
+                handler.send(status, body)
+
+        api.modes["alerts"] = answer
+        result = daemon.run("check")
+        assert (result.returncode, "FAIL" in result.stdout) == (0, False), result.stdout
+        api.calls.clear()
+        result = daemon.run("backfill")
+        assert (result.returncode, f"{int(bool(listed))} listed" in result.stdout) == (0, True), result
+        assert {query["status"] for query in api.queries()} == {"active", "dismissed"}
+        until(lambda: not listed or f"alerts/ha/lf/{name}" in s3.objects())  # noqa: B023
 
 
 # Rate limits ----------------------------------------------------------------------------------------------------------

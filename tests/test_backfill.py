@@ -16,7 +16,7 @@ import time
 import pytest
 import threatstack
 from conftest import AWS, BUCKET, TOKEN, alert, until
-from threatstack import HAWK, KEY, USER
+from threatstack import HAWK, KEY, USER, s3_error
 
 import ts3d
 
@@ -115,69 +115,48 @@ def window(api):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The main job
-# ---------------------------------------------------------------------------------------------------------------------
+# The main job ---------------------------------------------------------------------------------------------------------
 
 
-def fill(daemon, s3, api, limit, events):
-    """500 alerts, of which 100 are there; webhooks come meanwhile."""
-    daemon.set(threatstack__events=events)
-    daemon.start()
-    archive(s3, *range(0, 500, 5))
+@pytest.mark.parametrize(
+    ("seconds", "events"), [(0.5, "yes"), pytest.param(5, "no", marks=pytest.mark.long)], ids=["0.5 s", "5 s"]
+)
+def test_500_alerts_of_which_some_are_there_already(make, s3, api, seconds, events):
+    """Ten calls in so many seconds are allowed, and webhooks come meanwhile."""
+    daemon = make(start=True, threatstack__events=events)
+    missing = [n for n in range(500) if n % 5 > (2 if seconds < 1 else 0)]
+    archive(s3, *set(range(500)) - set(missing))
+    bodies = {}
     for n in range(500):
-        api.lists["dismissed" if n % 4 == 1 else "active"].append(listed(n))
-    api.limit = limit
-    assert backfill(daemon, timeout=120) == summary(500, archived=100, queued=400)
+        entry = listed(n)
+        api.lists["dismissed" if n % 4 == 1 else "active"].append(entry)
+        minute = time.strftime("%Y/%m/%d/%H/%M", time.gmtime(entry[0] // 1000))
+        bodies[f"backfill/{minute}/alert-{n:06}"] = entry[1]
+    api.limit = (10, seconds)
+    said = backfill(daemon, timeout=120)
+    assert said == summary(500, archived=500 - len(missing), queued=len(missing))
     assert daemon.health()["queued"] > 100, "many wait, for the rate of calls is limited"
-    webhooks = {"alerts": [alert(n) for n in range(9000, 9005)]}
-    assert daemon.post(webhooks)[0] == 200
-    until(lambda: all(key_of(n) in s3.objects("alerts/") for n in range(9000, 9005)), 60, "webhooks' details")
-    assert daemon.health()["queued"] > 300, "the webhooks' alerts did not wait for the others"
-
-
-def check_filled(daemon, s3, api, events):
+    assert daemon.post({"alerts": [alert(n) for n in range(9000, 9005)]})[0] == 200
+    until(lambda: all(key_of(n) in s3.objects("alerts/") for n in range(9000, 9005)), what="webhooks' details")
+    assert daemon.health()["queued"] > len(missing) - 100, "the webhooks' alerts did not wait for the others"
+    assert api.limited > 0
+    if seconds < 1:
+        api.limit = None  # the rest is no different
     until(lambda: daemon.health()["queued"] == 0, 400, "end of the queue")
     assert daemon.health()["failed"] == 0
-    assert api.misused == []
-    assert api.limited > 0
-    missing = [n for n in range(500) if n % 5]
-    entries = [*api.lists["active"], *api.lists["dismissed"]]
-    bodies = {int(json.loads(literal)["id"][-6:]): (when, literal) for when, literal in entries}
-    found = s3.objects("backfill/")
-    assert len(found) == len(missing) == 400
-    for key, body in found.items():
-        n = int(key[-6:])
-        milliseconds, literal = bodies[n]
-        assert key == time.strftime(f"backfill/%Y/%m/%d/%H/%M/alert-{n:06}", time.gmtime(milliseconds // 1000))
-        assert body == literal
+    assert s3.objects("backfill/") == {key: body for key, body in bodies.items() if int(key[-6:]) in missing}
     details = s3.objects("alerts/")
     assert set(details) == {key_of(n) for n in (*range(500), *range(9000, 9005))}
     assert all(details[key_of(n)] == threatstack.detail(f"alert-{n:06}") for n in missing)
-    assert len(s3.objects("events/")) == (405 if events == "yes" else 0)
+    assert len(s3.objects("events/")) == (len(missing) + 5 if events == "yes" else 0)
     assert len(s3.objects("webhooks/")) == 5
-
-
-def test_500_alerts_of_which_100_are_there_already(make, s3, api):
-    daemon = make()
-    fill(daemon, s3, api, (10, 0.5), "yes")
-    api.limit = None  # the rest is no different: test_500_alerts_and_10_calls_in_5_seconds
-    check_filled(daemon, s3, api, "yes")
     assert backfill(daemon) == summary(500, archived=500)
 
 
-@pytest.mark.long
-def test_500_alerts_and_10_calls_in_5_seconds(make, s3, api):
-    daemon = make()
-    fill(daemon, s3, api, (10, 5), "no")
-    check_filled(daemon, s3, api, "no")
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_an_outage_is_made_good(make, s3, api, version):
+def test_an_outage_is_made_good(make, s3, api):
     """The daemon is down for a while, and Threat Stack drops the webhooks."""
-    daemon = make(version, start=True)
-    api.lists["active"] = [listed(n, version) for n in range(250)]
+    daemon = make(1, start=True)  # version 2: test_500_alerts_of_which_some_are_there_already
+    api.lists["active"] = [listed(n, 1) for n in range(250)]
 
     def webhook(numbers):
         bodies = [dict(alert(n), created_at=api.lists["active"][n][0]) for n in numbers]
@@ -199,23 +178,20 @@ def test_an_outage_is_made_good(make, s3, api, version):
 
 
 def test_without_a_daemon(make, s3, api):
-    daemon = make()
-    api.lists["active"] = [listed(n) for n in range(150)]
-    assert backfill(daemon) == summary(150, queued=150)
-    assert [(f"alert-{n:06}", "backfill", api.lists["active"][n][1]) for n in range(150)] == queued(daemon)
-    assert backfill(daemon) == summary(150, waiting=150)
-    assert len(queued(daemon)) == 150
-    daemon.start()
-    until(lambda: len(s3.objects("alerts/")) == 150)
-
-
-def test_what_is_queued_by_webhook_is_not_queued_again(make, s3, api):
+    """What is queued, by a webhook too, is not queued again."""
     daemon = make(archive__workers="0", start=True)
     daemon.post({"alerts": [alert(3)]})
-    api.lists["active"] = [listed(n) for n in range(5)]
-    assert backfill(daemon) == summary(5, waiting=1, queued=4)
-    assert [(id_, step) for id_, step, _ in queued(daemon)].count(("alert-000003", "webhooks")) == 1
-    assert len(queued(daemon)) == 5
+    daemon.stop()
+    api.lists["active"] = [listed(n) for n in range(150)]
+    assert backfill(daemon) == summary(150, waiting=1, queued=149)
+    found = [(f"alert-{n:06}", "backfill", api.lists["active"][n][1]) for n in range(150) if n != 3]
+    assert queued(daemon)[1:] == found
+    assert queued(daemon)[0][:2] == ("alert-000003", "webhooks")
+    assert backfill(daemon) == summary(150, waiting=150)
+    assert len(queued(daemon)) == 150
+    daemon.set(archive__workers=None)
+    daemon.start()
+    until(lambda: len(s3.objects("alerts/")) == 150)
 
 
 def test_put_queues_what_backfill_found_once(tmp_path):
@@ -256,12 +232,11 @@ def test_the_prefix_is_where_it_looks(make, s3, api):
     assert [id_ for id_, _, _ in queued(daemon)] == ["alert-000000"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The list
-# ---------------------------------------------------------------------------------------------------------------------
+# The list -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_alert_that_is_dismissed_between_the_lists(make, s3, api):
+def test_alerts_that_are_dismissed_between_the_lists(make, s3, api):
+    """One before the first list had it, one after that: it is listed twice."""
     daemon = make()
     api.lists["active"] = [listed(n) for n in range(250)]
     api.lists["dismissed"] = [listed(n) for n in range(250, 370)]
@@ -269,55 +244,39 @@ def test_an_alert_that_is_dismissed_between_the_lists(make, s3, api):
     def dismiss(handler):
         handler.succeed("alerts")
         if len(api.queries()) == 1:  # the first page has been given, the third has not
-            api.lists["dismissed"].insert(0, api.lists["active"].pop(230))
+            api.lists["dismissed"][:0] = api.lists["active"].pop(230), api.lists["active"].pop(30)
 
     api.modes["alerts"] = dismiss
-    assert backfill(daemon) == summary(370, queued=370)
+    assert backfill(daemon) == summary(371, waiting=1, queued=370)
     assert {id_ for id_, _, _ in queued(daemon)} == {f"alert-{n:06}" for n in range(370)}
     assert [query["status"] for query in api.queries()] == ["active"] * 3 + ["dismissed"] * 2
     assert len({(query["from"], query["until"]) for query in api.queries()}) == 1
 
 
-def test_an_alert_that_is_listed_twice(make, s3, api):
-    """It was dismissed after the first list had it."""
-    daemon = make()
-    api.lists = {status: [listed(n) for n in range(3)] for status in ("active", "dismissed")}
-    assert backfill(daemon) == summary(6, waiting=3, queued=3)
+@pytest.mark.parametrize(("version", "late"), [(1, False), (2, False), (1, True)])
+def test_alerts_that_appear_meanwhile(make, s3, api, version, late):
+    """New ones move no page. Version 1's pages go by count: one that is listed late, between others, moves them.
 
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_alerts_that_appear_meanwhile_move_no_page(make, s3, api, version):
-    """Version 1's pages go by count: what appears in front moves all others."""
+    What moves to the next page is seen twice, and queued once.
+    """
     daemon = make(version)
     api.lists["active"] = [listed(n, version) for n in range(250)]
 
     def appear(handler):
         handler.succeed("alerts")
-        new = len(api.queries())
-        api.lists["active"].insert(0, threatstack.entry(f"alert-{900 + new:06}", now(), version))
-
-    api.modes["alerts"] = appear
-    backfill(daemon)
-    assert {id_ for id_, _, _ in queued(daemon)} == {f"alert-{n:06}" for n in range(250)}
-    del api.modes["alerts"]
-    new = len(api.queries())
-    assert f", {new} queued" in backfill(daemon)
-
-
-def test_version_1_moves_alerts_that_are_listed_late(make, s3, api):
-    """Those are between others: what moves to the next page is seen twice, and queued once."""
-    daemon = make(1)
-    api.lists["active"] = [listed(n, 1) for n in range(250)]
-
-    def appear(handler):
-        handler.succeed("alerts")
-        api.lists["active"].insert(0, listed(900 + len(api.queries()), 1))
+        n = 900 + len(api.queries())
+        new = listed(n, version) if late else threatstack.entry(f"alert-{n:06}", now(), version)
+        api.lists["active"].insert(0, new)
 
     api.modes["alerts"] = appear
     backfill(daemon)
     ids = [id_ for id_, _, _ in queued(daemon)]
-    assert {f"alert-{n:06}" for n in range(250)} <= set(ids)
     assert len(ids) == len(set(ids))
+    expected = {f"alert-{n:06}" for n in range(250)}
+    assert expected <= set(ids) if late else expected == set(ids)
+    del api.modes["alerts"]
+    new = len(api.queries())
+    assert late or f", {new} queued" in backfill(daemon)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -381,9 +340,7 @@ def test_tokens_are_kept_as_they_are(make, s3, api):
     assert [query.get("token") for query in api.queries()] == [None, "a/b+c=&d", "17", None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The time range
-# ---------------------------------------------------------------------------------------------------------------------
+# The time range -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -461,7 +418,7 @@ def test_where_it_goes_on(make, s3, api, version):
     assert remembered(daemon) == pytest.approx(second, abs=0.01)
     # A range that is named moves nothing.
     run("--from", "5d", "--until", "4d", begin=5 * DAY, end=4 * DAY)
-    run("--from", "2h", begin=2 * HOUR)
+    run("--from", "2h", "--until", "2999-01-01", begin=2 * HOUR)  # the end of which is now
     assert remembered(daemon) == pytest.approx(second, abs=0.01)
 
     def set_back(seconds):
@@ -484,20 +441,6 @@ def test_where_it_goes_on(make, s3, api, version):
     assert "is not before" in backfill.said
 
 
-def test_a_range_that_ends_after_now_ends_now(make, api):
-    daemon = make()
-    backfill(daemon, "--from", "2h", "--until", "2999-01-01")
-    assert window(api) == pytest.approx((time.time() - 2 * HOUR, time.time()), abs=20)
-
-
-def test_only_the_daemon_makes_a_queue(make, api):
-    daemon = make()
-    daemon.queue.unlink()
-    backfill(daemon, code=78)
-    assert re.search(r"^ts3d: .*there is no queue yet, start the daemon", backfill.said)
-    assert not daemon.queue.exists()
-
-
 @pytest.mark.parametrize("option", ["threatstack__api_key", "s3__bucket", "threatstack__user_id"])
 def test_what_it_needs(make, option):
     daemon = make()
@@ -506,9 +449,7 @@ def test_what_it_needs(make, option):
     assert f"{option.partition('__')[2]} is not set" in backfill.said
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Problems
-# ---------------------------------------------------------------------------------------------------------------------
+# Problems -------------------------------------------------------------------------------------------------------------
 
 
 def start(daemon, *arguments, **streams):
@@ -517,43 +458,30 @@ def start(daemon, *arguments, **streams):
     return subprocess.Popen(command, env=daemon.environment, text=True, **streams)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(
-    "headers", [[("Retry-After", "2")], [("x-rate-limit-reset", "1500")], []], ids=["Retry-After", "reset", "neither"]
-)
-def test_a_rate_limit_slows_it(make, s3, api, version, headers):
+RATE_LIMITS = {  # the answer, and the seconds for which no call follows it
+    "Retry-After": (lambda handler: handler.send(429, b"slow down", [("Retry-After", "2")]), 1.5),
+    "reset": (lambda handler: handler.send(429, b"slow down", [("x-rate-limit-reset", "1500")]), 1.5),
+    "429": (lambda handler: handler.send(429, b"slow down"), 0),
+}
+FAILURES = {
+    **RATE_LIMITS,
+    "503": (lambda handler: handler.send(503, b""), 0),
+    "500": (lambda handler: handler.send(500, b""), 0),
+    "garbage": (lambda handler: handler.send(200, b"<html>"), 0),
+    "closed": (lambda handler: setattr(handler, "close_connection", True), 0),
+}
+
+
+@pytest.mark.parametrize(("version", "failure"), [(2, name) for name in FAILURES] + [(1, name) for name in RATE_LIMITS])
+def test_calls_that_fail_slow_it(make, s3, api, version, failure):
+    """A rate limit is kept to; what is no answer is asked for again."""
+    fail, seconds = FAILURES[failure]
     daemon = make(version)
     api.lists["active"] = [listed(n, version) for n in range(150)]
-    calls = []
-
-    def limit(handler):
-        calls.append(time.monotonic())
-        if len(calls) in (1, 3):
-            handler.send(429, b"slow down", headers)
-        else:
-            handler.succeed("alerts")
-
-    api.modes["alerts"] = limit
+    api.modes["alerts"] = lambda handler: fail(handler) if len(api.calls) in (1, 3) else handler.succeed("alerts")
     assert backfill(daemon) == summary(150, queued=150)
-    if headers:
-        assert min(calls[1] - calls[0], calls[3] - calls[2]) >= 1.5
-
-
-@pytest.mark.parametrize("mode", [503, 500, "reset", "garbage"], ids=str)
-def test_an_api_that_is_unavailable_for_a_while(make, s3, api, mode):
-    daemon = make()
-    api.lists["active"] = [listed(0)]
-
-    def fail_twice(handler):
-        if len(api.calls) > 2:
-            handler.succeed("alerts")
-        elif mode == "reset":
-            handler.close_connection = True
-        else:
-            handler.send(mode if isinstance(mode, int) else 200, b"<html>")
-
-    api.modes["alerts"] = fail_twice
-    assert " 1 queued" in backfill(daemon)
+    times = [when for when, _, _ in api.calls]
+    assert min(times[1] - times[0], times[3] - times[2]) >= seconds
 
 
 def hurry(daemon, clock, speed=2000):
@@ -666,24 +594,13 @@ def test_s3_stays_unavailable(make, s3, api, clock):
     assert " 30 queued" in backfill(daemon)
 
 
-@pytest.fixture
-def bucket():
-    server = threatstack.Faulty()
-    yield server
-    server.stop()
-
-
-def xml(code):
-    body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>because</Message></Error>'.encode()
-    return lambda handler, status: handler.send(status, body, [("Content-Type", "application/xml")])
-
-
 @pytest.mark.parametrize("listing", [200, 403])
 def test_a_missing_permission_is_named(make, api, bucket, listing):
     daemon = make(s3__endpoint_url=bucket.url)
     api.lists["active"] = [listed(n) for n in range(30)]
     empty = b"<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>"
-    bucket.mode = lambda h: h.send(200, empty) if h.command == "GET" and listing == 200 else xml("AccessDenied")(h, 403)
+    refuse = s3_error(403, "AccessDenied")
+    bucket.mode = lambda h: h.send(200, empty) if h.command == "GET" and listing == 200 else refuse(h)
     assert backfill(daemon, code=1) == summary(30, how="failed")
     (line,) = [line for line in backfill.said.splitlines() if line.startswith("ts3d: ")]
     for word in ("s3:GetObject", "s3:ListBucket", "README"):
@@ -692,12 +609,12 @@ def test_a_missing_permission_is_named(make, api, bucket, listing):
     assert remembered(daemon) == 0
 
 
-@pytest.mark.parametrize("status", [301, 400, 403, 404, 412])
+@pytest.mark.parametrize("status", [301, 400, 404, 412])
 def test_other_refusals_of_s3(make, api, bucket, status):
     """An answer to HEAD has no body that would say which it is: nothing but a 404 may be taken for a missing object."""
     daemon = make(s3__endpoint_url=bucket.url)
     api.lists["active"] = [listed(n) for n in range(30)]
-    bucket.mode = lambda handler: xml("Refused")(handler, status)
+    bucket.mode = s3_error(status, "Refused")
     assert backfill(daemon, code=status != 404)
     if status != 404:
         assert re.search("^ts3d: S3", backfill.said, re.MULTILINE)
@@ -726,20 +643,17 @@ def test_it_waits_while_the_queue_is_long(make, s3, api):
 def test_it_is_stopped_and_goes_on(make, s3, api, bucket, sig, place):
     daemon = make(**({"s3__endpoint_url": bucket.url} if place == "S3" else {}))
     api.lists["active"] = [listed(n) for n in range(350)]
-    stuck = threading.Event()
+    server, enough, stuck = (api, 2, threading.Event()) if place == "list" else (bucket, 250, threading.Event())
 
-    def hang(handler, name):
-        server = handler.server
-        if (len(api.queries()) if place == "list" else len(bucket.calls)) > (2 if place == "list" else 250):
+    def hang(handler):
+        if len(server.calls) > enough:
             stuck.set()
             server.released.wait(60)
             handler.close_connection = True
         else:
-            handler.succeed(name)
+            handler.succeed(handler.path.rpartition("/")[2].partition("?")[0])
 
-    (api if place == "list" else bucket).mode = lambda handler: hang(
-        handler, handler.path.rpartition("/")[2].partition("?")[0]
-    )
+    server.mode = hang
     process = start(daemon)
     assert stuck.wait(30)
     process.send_signal(sig)
@@ -766,12 +680,11 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(make, s3, api):
         process.kill()
         process.communicate()
     backfill(daemon)
+    assert backfill.said == "", "progress is for a terminal"
     assert sorted(id_ for id_, _, _ in queued(daemon)) == [f"alert-{n:06}" for n in range(900)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
-# ---------------------------------------------------------------------------------------------------------------------
+# Output ---------------------------------------------------------------------------------------------------------------
 
 
 def test_progress_on_a_terminal(make, s3, api):
@@ -796,13 +709,6 @@ def test_progress_on_a_terminal(make, s3, api):
     assert re.search("\r[^\n]*100 listed, 0 archived already, 0 queued already, 100 queued", seen.decode())
     assert len(lines) <= 4, "what range, perhaps a wait, and a line that is written again and again"
     assert all(len(part.rpartition("\x1b[K")[2]) < 80 for part in lines[1].split("\r"))
-
-
-def test_progress_elsewhere(make, s3, api):
-    daemon = make()
-    api.lists["active"] = [listed(n) for n in range(900)]
-    backfill(daemon)
-    assert backfill.said == ""
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -221,7 +222,7 @@ FAULTS = [
         "API down", api_down, "threatstack", ("http://127.0.0.1:", "refused"), "threatstack_unreachable", ("refused",)
     ),
     Fault("rate limited", rate_limited, "threatstack", ("429",), "threatstack_rate_limited", ("429",)),
-    Fault("disk full", disk_full, "queue", ("16M",), "queue_full|disk_full", ("16M",), posted=503, queued=0),
+    Fault("disk full", disk_full, "queue", ("16M",), "disk_full", ("16M",), posted=503, queued=0),
     Fault("clock wrong", clock_wrong(7200), "clock", ("S3", "720", *CLOCK), HAWKS_ERROR, ("clock",), threatstack.HAWK),
     # Near enough for S3, and not for Hawk.
     Fault("clock two minutes fast", clock_wrong(120), "clock", CLOCK, HAWKS_ERROR, ("clock",), threatstack.HAWK),
@@ -712,7 +713,9 @@ def test_before_the_first_start(new_daemon):
     daemon = new_daemon(start=False)
     for arguments in (["status"], ["status", "--json"], ["status", "--failed"], ["retry"]):
         assert_refused(daemon, "(?i)no queue.*(start the daemon|ts3d serve)", *arguments)
-    assert not daemon.queue.exists()
+    result = daemon.run("backfill")  # which prints its summary, too
+    assert (result.returncode, "there is no queue yet, start the daemon" in result.stderr) == (78, True)
+    assert list(daemon.folder.iterdir()) == [daemon.config]
 
 
 def test_whether_a_daemon_runs(new_daemon):
@@ -720,14 +723,10 @@ def test_whether_a_daemon_runs(new_daemon):
     post(daemon, alert(0), alert(1))
     for end in (daemon.stop, daemon.kill):
         assert (glance(daemon)["running"], glance(daemon)["queued"], causes(daemon)) == (True, 2, {})
-        assert status(daemon).splitlines()[0] == "daemon   running"
         end()
         assert (glance(daemon)["running"], glance(daemon)["queued"], [*causes(daemon)]) == (False, 2, ["not_running"])
-        said = status(daemon)
-        assert said.splitlines()[0] == "daemon   not running"
-        assert "Current problems:" in said
+        assert re.match("daemon   not running\n(.*\n)+\nCurrent problems:\n", status(daemon))
         daemon.start()
-    assert re.search(r"^queued   2, oldest .+$", status(daemon), re.MULTILINE)
 
 
 def test_the_text_of_status(new_daemon, s3):
@@ -737,7 +736,7 @@ def test_the_text_of_status(new_daemon, s3):
     until(lambda: re.fullmatch(nothing, status(daemon)), what="clean status")
     s3.stop()
     post(daemon, alert(0))
-    until(lambda: "Current problems" in status(daemon))
+    until(lambda: causes(daemon))
     problem = r"Current problems:\ns3.*\n(\s+\S.*\n)*( {4}\S.*\n)+"
     said = rf"daemon   running\nqueued   1, oldest .+\nfailed   0\n{used}\n{problem}"
     assert re.fullmatch(said, status(daemon))
@@ -853,7 +852,14 @@ def test_100000_queued_and_10000_failed(new_daemon):
 def test_full_by_max_size_and_drained(new_daemon, s3):
     daemon = new_daemon(queue__max_size="1M", **QUICK)
     s3.stop()
-    n = next(n for n in range(100) if post(daemon, alert(n, text="x" * 250_000)) == 503)
+    n = next(n for n in range(100) if post(daemon, alert(n, text="x" * 20_000)) == 503)
+    assert 20 < n < 60
+    for method, path in (("POST", "/api/v1/s3/alert"), ("GET", "/healthz")):
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        code, answer, headers = daemon.request(method, path, json.dumps(alert(n, text="x" * 20_000)), headers)
+        assert (code, answer["error"]["type"], int(headers["Retry-After"]) > 0) == (503, "queue_unavailable", True)
+        assert "max_size" in answer["error"]["message"]
+    assert (answer["success"], answer["queued"], answer["failed"]) == (False, n, 0)
     cause = until(lambda: causes(daemon).get("queue_full"))
     assert "[queue] max_size" in cause["message"]
     assert "queue_full" in status(daemon)
@@ -862,27 +868,21 @@ def test_full_by_max_size_and_drained(new_daemon, s3):
     settled(daemon)
     assert failures(daemon) == {}
     assert len(s3.objects("alerts/")) == n
+    assert (post(daemon, alert(n)), daemon.request("GET", "/healthz")[0]) == (200, 200)
 
 
-@pytest.mark.parametrize("running", [True, False])
-def test_a_disk_that_is_full(new_daemon, disk, running):
+def test_a_disk_that_is_full(new_daemon, disk):
+    """While no daemon runs: the cause is named also where SQLite has files to make, and cannot."""
     daemon = new_daemon(archive__workers="0", queue__path=disk / "queue.db", **QUICK)
     post(daemon, alert(0))
-    if not running:
-        daemon.kill()
+    daemon.kill()
     fill(disk)
     assert "16M" in causes(daemon)["disk_full"]["message"]
     assert "16M" in status(daemon)
     assert "16M" in failures(daemon)["queue"]
     (disk / "filler").unlink()
-    assert failures(daemon) == {}
-    assert [*causes(daemon)] == ([] if running else ["not_running"])
-
-
-def test_a_disk_that_is_full_to_its_last_byte(new_daemon, disk):
-    """After a daemon that ended in order, SQLite has files to make, and cannot: the cause is named all the same."""
-    daemon = new_daemon(archive__workers="0", queue__path=disk / "queue.db", **QUICK)
-    post(daemon, alert(0))
+    assert (failures(daemon), [*causes(daemon)]) == ({}, ["not_running"])
+    daemon.start()
     assert daemon.stop() == 0
     fill(disk)
     for command in ("status", "retry"):
@@ -895,15 +895,14 @@ def test_a_disk_that_is_full_to_its_last_byte(new_daemon, disk):
 NASTY = "\x1b[31mred\x07\r\n\u2028\u0085caf\u00e9 \u65e5\u672c \U0001f512"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_a_message_drives_no_terminal(new_daemon, api, encoding):
+def test_a_message_drives_no_terminal(new_daemon, api):
     daemon = new_daemon(**QUICK)
     api.mode = lambda handler: handler.send(400, NASTY.encode())
     post(daemon, alert(0))
     until(lambda: "threatstack_400" in causes(daemon))
-    daemon.environment["PYTHONIOENCODING"] = encoding
-    for arguments in ([], ["--json"]):
+    for encoding, arguments in itertools.product(("utf-8", "ascii", "latin-1"), ([], ["--json"])):
         command = daemon.command("status", *arguments)
+        daemon.environment["PYTHONIOENCODING"] = encoding
         result = subprocess.run(command, env=daemon.environment, capture_output=True, check=False)
         assert (result.returncode, result.stderr) == (1, b"")
         text = result.stdout.decode(encoding)
@@ -911,30 +910,31 @@ def test_a_message_drives_no_terminal(new_daemon, api, encoding):
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]", text)
 
 
-@pytest.mark.parametrize("arguments", [["status"], ["status", "--failed"], ["status", "--json"], ["retry"]])
-def test_a_reader_that_leaves(new_daemon, arguments):
+def test_a_reader_that_leaves(new_daemon):
     """`ts3d status | head -1`: no traceback, however much there is to say."""
     daemon = new_daemon(archive__workers="0")
     jobs(daemon.queue, 10, 1000, 3)
     daemon.environment.pop("PYTHONUNBUFFERED", None)
     reader, writer = os.pipe()
     os.close(reader)
-    command = daemon.command(*arguments)
-    result = subprocess.run(command, env=daemon.environment, stdout=writer, stderr=subprocess.PIPE, check=False)
+    for arguments in (["status"], ["status", "--failed"], ["status", "--json"], ["retry"]):
+        command = daemon.command(*arguments)
+        result = subprocess.run(command, env=daemon.environment, stdout=writer, stderr=subprocess.PIPE, check=False)
+        assert (result.returncode, result.stderr) == (1, b""), arguments
     os.close(writer)
-    assert (result.returncode, result.stderr) == (1, b"")
 
 
-@pytest.mark.parametrize("content", [b"not a database at all" * 300, "another"])
-def test_a_file_that_is_no_queue(new_daemon, content):
+@pytest.mark.parametrize("content", [b"not a database" * 300, "PRAGMA user_version = 99", "CREATE TABLE other (x)"])
+def test_a_file_that_is_not_ours_is_refused(new_daemon, content):
     daemon = new_daemon(start=False)
-    if content == "another":
+    if isinstance(content, str):
         with contextlib.closing(sqlite3.connect(daemon.queue)) as db, db:
-            db.execute("CREATE TABLE x (y)")
+            db.execute(content)
     else:
         daemon.queue.write_bytes(content)
     before = daemon.queue.read_bytes()
-    for arguments in (["status"], ["status", "--json"], ["retry"]):
+    # `serve` moves aside what is no database.
+    for arguments in (["status"], ["status", "--json"], ["retry"], *[["serve"]] * isinstance(content, str)):
         assert_refused(daemon, rf"^ts3d: .*{daemon.queue}.*(not a database|not ts3d's|other|version).*\n\Z", *arguments)
     assert re.search("not a database|not ts3d's|other|version", failures(daemon)["queue"])
     assert daemon.queue.read_bytes() == before
@@ -949,19 +949,22 @@ def test_another_user(new_daemon):
     state.mkdir(mode=0o700)
     daemon.set(queue__path=state / "queue.db")
     daemon.start()
-    for path in (daemon.folder, *daemon.folder.parents):
-        if path.stat().st_uid == os.getuid() and path != path.parent:
-            path.chmod(path.stat().st_mode | 0o055)
+    daemon.stop()
     daemon.config.chmod(0o644)
-    for mode in (0o700, 0o755):
+    for mode, name in itertools.product((0o700, 0o755), ("serve", "status", "retry")):
         state.chmod(mode)
-        for command in ("status", "retry"):
-            command = ["setpriv", "--reuid=65534", "--clear-groups", *daemon.command(command)]
-            result = subprocess.run(command, env=daemon.environment, capture_output=True, text=True, check=False)
-            if result.returncode in (126, 127) or "can't open file" in result.stderr:
-                pytest.skip(f"nobody else can run this: {result.stderr}")
-            assert result.returncode == 78
-            assert re.search("(?i)permission denied|may not read|readonly|read-only|unable to open", result.stderr)
+        for path in (daemon.folder, *daemon.folder.parents):  # each time: any pytest that starts closes its folders
+            if path.stat().st_uid == os.getuid() and path != path.parent:
+                path.chmod(path.stat().st_mode | 0o055)
+        command = ["setpriv", "--reuid=65534", "--clear-groups", *daemon.command(name)]
+        result = subprocess.run(
+            command, env=daemon.environment, capture_output=True, text=True, timeout=20, check=False
+        )
+        if result.returncode in (126, 127) or "can't open file" in result.stderr:
+            pytest.skip(f"nobody else can run this: {result.stderr}")
+        said_by(result)
+        assert (result.returncode, str(state / "queue.db") in result.stderr) == (78, True), result
+        assert re.search("(?i)permission denied|may not read|readonly|read-only|unable to open", result.stderr)
 
 
 # retry ----------------------------------------------------------------------------------------------------------------
@@ -992,11 +995,17 @@ def test_retry(new_daemon, s3, api):
     result = daemon.run("retry", "alert-000000", "alert-000000")
     assert (result.returncode, result.stdout, result.stderr) == (0, "1 queued again\n", "")
     until(lambda: len(s3.objects("alerts/")) == 1)
-    assert daemon.run("retry", "alert-000001", "alert-000002").stdout == "2 queued again\n"
-    until(lambda: len(s3.objects("alerts/")) == 3)
+    api.mode = 503
+    post(daemon, alert(9))
+    result = daemon.run("retry", "nowhere", "alert-000009", "alert-000001", "alert-000002")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "2 queued again")
+    assert re.search("^ts3d: .*nowhere.*ts3d status --failed", result.stderr, re.MULTILINE)
+    assert "alert-000009" in result.stdout + result.stderr
+    api.mode = None
+    until(lambda: len(s3.objects("alerts/")) == 4)
     assert glance(daemon)["failed"] == 1
     assert daemon.run("retry").stdout == "1 queued again\n"
-    until(lambda: len(s3.objects("alerts/")) == 4)
+    until(lambda: len(s3.objects("alerts/")) == 5)
     settled(daemon)
     assert (daemon.run("retry").returncode, daemon.run("retry").stdout) == (0, "0 queued again\n")
     assert "alert-" not in status(daemon, "--failed")
@@ -1014,17 +1023,6 @@ def test_retry_without_a_daemon(new_daemon, s3, api):
     daemon.start()
     settled(daemon)
     assert set(s3.objects()) == {"alerts/al/er/alert-000000", "webhooks/2017/01/17/13/51/alert-000000"}
-
-
-def test_ids_that_have_not_failed(new_daemon, api):
-    daemon = new_daemon(**GIVES_UP)
-    fail(daemon, api, 0)
-    api.mode = 503
-    post(daemon, alert(1))
-    result = daemon.run("retry", "nowhere", "alert-000001", "alert-000000")
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "1 queued again")
-    assert re.search("^ts3d: .*nowhere.*ts3d status --failed", result.stderr, re.MULTILINE)
-    assert "alert-000001" in result.stdout + result.stderr
 
 
 def test_whatever_has_failed_is_retried(new_daemon, s3):
@@ -1057,18 +1055,18 @@ def test_wrong_usage(new_daemon, arguments):
     assert result.stderr.startswith("usage: ts3d")
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("command", ["check", "status", "retry", "backfill"])
-def test_a_command_without_standard_error(new_daemon, api, s3, command, closed):
+def test_a_command_without_standard_error(new_daemon, api, s3):
     """As cron jobs are written, and programs start others."""
     daemon = new_daemon(archive__workers="0", **QUICK)
-    id_ = f"alert-{time.time_ns()}"  # rclone remembers for minutes what was in the bucket
-    api.lists["active"] = [threatstack.entry(id_, int(time.time() * 1000) - 60_000, version=1)]
-    shell = ["sh", "-c", f'"$@" {closed}', "sh", *daemon.command(command)]
-    result = subprocess.run(shell, env=daemon.environment, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert ">&-" in closed.partition("2")[0] or result.stdout
-    assert glance(daemon)["queued"] == int(command == "backfill")
+    for n, closed in enumerate(("2>&-", ">&- 2>&-", "<&- >&- 2>&-")):
+        id_ = f"alert-{time.time_ns()}"  # rclone remembers for minutes what was in the bucket
+        api.lists["active"] = [threatstack.entry(id_, int(time.time() * 1000) - 60_000, version=1)]
+        for command in ("check", "status", "retry", "backfill"):
+            shell = ["sh", "-c", f'"$@" {closed}', "sh", *daemon.command(command)]
+            result = subprocess.run(shell, env=daemon.environment, capture_output=True, text=True, check=False)
+            assert (result.returncode, result.stderr) == (0, ""), command
+            assert ">&-" in closed.partition("2")[0] or result.stdout
+            assert glance(daemon)["queued"] == n + (command == "backfill")
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])

@@ -18,15 +18,6 @@ from conftest import TOKEN, alert, fill, problems_of, until
 MEGABYTE = 1 << 20
 
 
-def post_until_refused(daemon, size):
-    """Webhooks of one alert each, until one gets no 200; how many did, and the refusal."""
-    for n in range(10_000):
-        status, answer = daemon.post({"alerts": [alert(n, text="x" * size)]})
-        if status != 200:
-            return n, (status, answer)
-    raise AssertionError("never refused")
-
-
 def assert_refuses(daemon, text):
     """A webhook and the probe get 503, with Retry-After, and say why."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -86,9 +77,12 @@ def test_a_disk_that_the_queue_itself_filled_is_used_again(new_daemon, s3, disk)
     """The file does not shrink: its free pages are room."""
     daemon = new_daemon(server__wait="0", queue__path=disk / "queue.db")
     s3.stop()
-    n, (status, answer) = post_until_refused(daemon, MEGABYTE)
+    for n in range(30):
+        status, answer = daemon.post({"alerts": [alert(n, text="x" * MEGABYTE)]})
+        if status != 200:
+            break
     assert (status, "less than 16M free" in answer["error"]["message"]) == (503, True)
-    assert 10 < n < 30
+    assert n > 10
     s3.start()
     assert_recovers(daemon, s3, n)
 
@@ -111,6 +105,7 @@ def test_a_disk_that_fails(new_daemon, s3, calls, error, tracer):
     if not s3.process:
         s3.start()
     assert_recovers(daemon, s3, 30)
+    assert daemon.logged(' WARNING POST .* 503 .*error=".*the queue')
     assert daemon.log().count(" ERROR ") in (1, 2)  # a second if a commit passed while strace attached
     assert len(re.findall(" WARNING .*queue.*(works|recovered|again)", daemon.log())) in (1, 2)
 
@@ -175,10 +170,9 @@ def test_nothing_is_acknowledged_into_a_queue_that_is_gone(new_daemon, s3, disk)
     assert {f"alerts/al/er/{name}" for name in acknowledged} == set(s3.objects("alerts/"))
 
 
-@pytest.mark.parametrize("max_size", ["8M"])
-def test_another_program_that_reads_the_queue_and_does_not_end(new_daemon, s3, disk, max_size):
+def test_another_program_that_reads_the_queue_and_does_not_end(new_daemon, s3, disk):
     """The write-ahead log cannot be emptied then. If webhooks are refused for it, the answer says whose fault it is."""
-    daemon = new_daemon(queue__path=disk / "queue.db", queue__max_size=max_size)
+    daemon = new_daemon(queue__path=disk / "queue.db", queue__max_size="8M")
     with contextlib.closing(sqlite3.connect(disk / "queue.db", isolation_level=None)) as db:
         db.execute("BEGIN")
         db.execute("SELECT * FROM jobs").fetchall()
@@ -209,13 +203,12 @@ def test_another_program_that_reads_the_queue_for_a_moment(new_daemon, s3):
     assert (shown["max_bytes"], shown["queue_bytes"] < MEGABYTE) == (8 * MEGABYTE, True)
 
 
-@pytest.mark.parametrize("begin", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
-def test_another_program_that_holds_the_queues_lock(new_daemon, s3, begin):
+def test_another_program_that_holds_the_queues_lock(new_daemon, s3):
     daemon = new_daemon(server__wait="0")
     s3.stop()
     assert daemon.post({"alerts": [alert(0)]})[0] == 200
     with contextlib.closing(sqlite3.connect(daemon.queue, isolation_level=None)) as db:
-        db.execute(begin)
+        db.execute("BEGIN IMMEDIATE")
         status, answer = daemon.post({"alerts": [alert(1)]})
         assert (status, answer["error"]["type"]) == (503, "queue_unavailable")
         assert "lock" in answer["error"]["message"]
@@ -287,8 +280,7 @@ def test_a_file_system_that_turns_read_only(new_daemon, s3, loop_mounted):
     assert problems_of(daemon) == (0, {})
 
 
-@pytest.mark.parametrize("max_size", ["1G"])
-def test_a_quota_of_btrfs(new_daemon, s3, loop_mounted, max_size):
+def test_a_quota_of_btrfs(new_daemon, s3, loop_mounted):
     """Over it a write to the mapped -shm is SIGBUS: the manual says that max_size must be below it. Nothing is lost."""
     if not shutil.which("btrfs"):
         pytest.skip("no btrfs")
@@ -297,7 +289,7 @@ def test_a_quota_of_btrfs(new_daemon, s3, loop_mounted, max_size):
         result = subprocess.run(["btrfs", *command.format(disk).split()], capture_output=True, text=True, check=False)
         if result.returncode:
             pytest.skip(f"btrfs {command} fails here: {result.stderr}")
-    daemon = new_daemon(server__wait="0", queue__path=disk / "state" / "queue.db", queue__max_size=max_size)
+    daemon = new_daemon(server__wait="0", queue__path=disk / "state" / "queue.db")
     s3.stop()
     text = os.urandom(100_000).hex()
     n = refused = 0
@@ -306,39 +298,16 @@ def test_a_quota_of_btrfs(new_daemon, s3, loop_mounted, max_size):
             status, _ = daemon.post({"alerts": [alert(n, text=text)]})
             n, refused = n + (status == 200), refused + (status != 200)
     assert n > 50
-    if max_size == "16M":
-        assert "max_size" in daemon.post({"alerts": [alert(n, text=text)]})[1]["error"]["message"]
-    else:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            daemon.process.wait(3)
-        if daemon.process.poll() is None:
-            daemon.kill()
-        subprocess.run(["btrfs", "qgroup", "limit", "64M", disk / "state"], check=True)
-        daemon.start()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        daemon.process.wait(3)
+    if daemon.process.poll() is None:
+        daemon.kill()
+    subprocess.run(["btrfs", "qgroup", "limit", "64M", disk / "state"], check=True)
+    daemon.start()
     s3.start()
     until(lambda: daemon.health()["queued"] == 0, 60)
     assert {f"alerts/al/er/alert-{i:06}" for i in range(n)} <= set(s3.objects("alerts/"))
     assert daemon.post(LAST)[0] == 200
-
-
-def test_a_queue_of_another_user_is_refused(new_daemon, tmp_path):
-    """As another user than root, for whom there is no other user's file."""
-    if os.getuid() or not shutil.which("setpriv"):
-        pytest.skip("needs root and setpriv")
-    daemon = new_daemon(start=False)
-    daemon.queue.write_bytes(b"")
-    daemon.queue.chmod(0o600)
-    for path in (daemon.folder, *daemon.folder.parents):
-        if path.stat().st_uid == os.getuid() and path != Path(path.anchor):
-            path.chmod(path.stat().st_mode | 0o055)
-    command = ["setpriv", "--reuid=65534", "--clear-groups", *daemon.command("serve")]
-    result = subprocess.run(command, env=daemon.environment, capture_output=True, text=True, timeout=20, check=False)
-    if result.returncode in (126, 127) or "can't open file" in result.stderr:
-        pytest.skip(f"nobody else can run this: {result.stderr}")
-    assert result.returncode == 78
-    assert f"{daemon.queue}" in result.stderr
-    assert "Permission denied" in result.stderr or "unable to open" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_a_queue_that_cannot_be_read_at_start_is_kept(new_daemon, s3):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import threatstack
-from conftest import ROOT, TOKEN, alert, until
+from conftest import ROOT, alert, until
 
 EIGHT = range(1, 9)
 
@@ -90,7 +90,7 @@ def test_kill_at_any_moment_loses_nothing(new_daemon, s3, kills):
     """kill -9 under load from eight clients, S3 restarted now and then."""
     rng = random.Random(kills)
     daemon = new_daemon(server__wait="1")
-    load = Load(daemon)
+    load = Load(daemon, pause=0.1)
     for kill in range(kills):
         before = len(load.acknowledged)
         until(lambda: len(load.acknowledged) > before)  # noqa: B023
@@ -202,38 +202,41 @@ ours.start()
 def test_a_thread_that_ends_ends_the_daemon(new_daemon, s3, tmp_path):
     """Each kind of them: it exits with 1 and one line, and the next start goes on with the queue."""
     (tmp_path / "sitecustomize.py").write_text(END_A_THREAD)
+    daemon = new_daemon(start=False, server__wait="0")
+    daemon.environment["PYTHONPATH"] = str(tmp_path)
 
-    def start(name):
+    def start():
         for path in (tmp_path / "end", tmp_path / "names"):
             path.unlink(missing_ok=True)
-        daemon = new_daemon(start=False, server__wait="0")
-        daemon.environment["PYTHONPATH"] = str(tmp_path)
         daemon.start()
         assert daemon.post({"alerts": [alert(0)]})[0] == 200
-        until(lambda: daemon.health()["queued"] == 0)
+        drained(daemon)
+
+    def end(name):
+        """End its threads of this name; the names of all that it had."""
         (tmp_path / "end.new").write_text(name)
         (tmp_path / "end.new").rename(tmp_path / "end")
-        return daemon, until(lambda: (tmp_path / "names").exists() and (tmp_path / "names").read_text().splitlines())
+        return until(lambda: (tmp_path / "names").exists() and (tmp_path / "names").read_text().splitlines())
 
-    daemon, names = start("none")
+    def ended():  # a thread that waits must go on, to end
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            daemon.post({"alerts": [alert(1)]})
+        return daemon.process.poll() is not None
+
+    start()
+    names = end("none")
     assert daemon.stop() == 0
     kinds = {re.sub(r"[0-9 ]+", "#", name): name for name in names if "process_request" not in name}
     assert len(kinds) >= 3, names
     for name in kinds.values():
-        daemon, _ = start(name)
-
-        def post(daemon=daemon):  # a thread that waits must go on, to end
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                daemon.request("POST", "/api/v1/s3/alert", json.dumps(alert(1)), {"Authorization": f"Bearer {TOKEN}"})
-            return daemon.process.poll() is not None
-
-        until(post, 40, f"end of the daemon after {name}")
+        start()
+        begin = len(daemon.log())
+        end(name)
+        until(ended, 40, f"end of the daemon after {name}")
         assert daemon.process.returncode == 1, name
-        (line,) = re.findall("^ts3d: .*", daemon.log(), re.MULTILINE)
+        (line,) = re.findall("^ts3d: .*", daemon.log(begin), re.MULTILINE)
         assert "ended" in line
-        daemon.environment.pop("PYTHONPATH")
-        daemon.start()
-        drained(daemon)
+    start()
 
 
 def test_a_daemon_that_is_suspended_goes_on(new_daemon, s3):

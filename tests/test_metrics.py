@@ -61,6 +61,12 @@ def fell(before, after):
 
 
 @pytest.fixture
+def idle(new_daemon):
+    """A daemon that archives nothing."""
+    return new_daemon(archive__workers="0", server__listen="0.0.0.0:0", log__level="DEBUG")
+
+
+@pytest.fixture
 def scrape():
     """What a daemon's /metrics says; no counter of it may ever go back."""
     seen = {}
@@ -102,13 +108,13 @@ def is_at_rest(daemon):
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
 
 
-def test_what_a_new_daemon_says(daemon, scrape):
+def test_what_a_new_daemon_says(idle, scrape):
     """All that there is from the start: a rate needs to see the 0 before the 1."""
-    status, headers, text = ask(daemon.address)
+    status, headers, text = ask(idle.address)
     assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
     names = re.findall(r"(?m)^\w+", ts3d.METRICS)
     assert re.findall("^# HELP ([a-z0-9_]+) .*\n# TYPE \\1 [a-z]+\n\\1", text, re.MULTILINE) == names
-    values = scrape(daemon)
+    values = scrape(idle)
     build = next(key for key in values if key.startswith("ts3d_build_info"))
     assert re.fullmatch(r'ts3d_build_info\{.*version="[0-9.]+"\}', build)
     assert ts3d.VERSION in build
@@ -125,19 +131,18 @@ def test_what_a_new_daemon_says(daemon, scrape):
     assert {key: values[key] for key in said} == said
     more = {"process_start_time_seconds", "ts3d_queue_size_bytes", "ts3d_queue_disk_free_bytes"}
     assert values.keys() - said.keys() == more
-
-
-def test_another_process_has_another_start(daemon, scrape):
-    first = scrape(daemon)["process_start_time_seconds"]
-    assert scrape(daemon.restart())["process_start_time_seconds"] > first > 1.7e9
+    assert scrape(idle.restart())["process_start_time_seconds"] > values["process_start_time_seconds"] > 1.7e9
 
 
 def test_a_webhook_for_which_there_is_no_room(new_daemon, scrape):
-    daemon = new_daemon(queue__max_size="100K")
+    """It says nothing of others."""
+    daemon = new_daemon(queue__max_size="100K", archive__workers="0", server__wait="0")
     assert daemon.post({"alerts": [alert(0, text="x" * 200_000)]})[0] == 503
     values = scrape(daemon)
     assert statuses(values) == {503: 1}
     assert values["ts3d_alerts_received_total"] == values["ts3d_acknowledgement_seconds_count"] == 0
+    assert daemon.request("GET", "/healthz")[0] == 200
+    assert daemon.post({"alerts": [alert(0)]})[0] == 200
 
 
 def test_alerts_are_counted(daemon, s3, scrape):
@@ -166,11 +171,12 @@ def test_alerts_are_counted(daemon, s3, scrape):
     assert values["ts3d_archive_seconds_sum"] > 0
 
 
-def test_what_is_said_to_be_archived_is_counted_and_logged(daemon, scrape):
-    """An answer that waits for the job's end is sent after that."""
-    for n in range(20):
+def test_archived_is_there_when_it_is_said(daemon, s3, scrape):
+    """An answer that waits for the job's end is sent once it is in S3, in the log and in the counters."""
+    for n in range(30):
         [state] = daemon.post({"alerts": [alert(n)]})[1]["alerts"]
         assert state["state"] == "archived"
+        assert f"alerts/al/er/alert-{n:06}" in s3.objects()
         assert daemon.logged(f"archived id=alert-{n:06} ")
         values = scrape(daemon)
         assert values["ts3d_alerts_archived_total"] == values["ts3d_archive_seconds_count"] == n + 1
@@ -302,19 +308,18 @@ def assert_refused(answer):
     assert "ts3d_" not in text
 
 
-def test_head_and_other_methods(daemon):
-    status, headers, text = ask(daemon.address, method="HEAD")
+def test_head_and_other_methods(idle):
+    status, headers, text = ask(idle.address, method="HEAD")
     assert (status, text, headers["Content-Type"].partition(";")[0]) == (200, "", "text/plain")
     assert int(headers["Content-Length"]) > 1000
-    assert talk(daemon, message([CLOSE], method="HEAD", path="/metrics")).endswith(b"\r\n\r\n")
-    status, headers, _ = ask(daemon.address, method="POST")
+    assert talk(idle, message([CLOSE], method="HEAD", path="/metrics")).endswith(b"\r\n\r\n")
+    status, headers, _ = ask(idle.address, method="POST")
     assert (status, headers["Allow"]) == (405, "GET, HEAD")
-    assert ask(daemon.address, "http://example.com/metrics?name[]=up")[0] == 200
+    assert ask(idle.address, "http://example.com/metrics?name[]=up")[0] == 200
 
 
-def test_without_a_token_it_is_for_this_machine(new_daemon, elsewhere):
-    daemon = new_daemon(server__listen="0.0.0.0:0")
-    port = daemon.address[1]
+def test_without_a_token_it_is_for_this_machine(idle, elsewhere):
+    port = idle.address[1]
     assert ask(("127.0.0.1", port))[0] == 200
     assert ask(("127.8.9.10", port))[0] == 200
     for token in ("", TOKEN):
@@ -326,7 +331,7 @@ def test_without_a_token_it_is_for_this_machine(new_daemon, elsewhere):
 
 
 def test_ipv4_within_ipv6(new_daemon, listener, elsewhere):
-    daemon = new_daemon(start=False, log__level="DEBUG")
+    daemon = new_daemon(start=False, archive__workers="0", log__level="DEBUG")
     daemon.handed = [listener("[::]:0")]
     daemon.start()
     port = daemon.handed[0].getsockname()[1]
@@ -336,22 +341,23 @@ def test_ipv4_within_ipv6(new_daemon, listener, elsewhere):
     assert_refused(ask((elsewhere, port)))
 
 
-@pytest.mark.parametrize("bound", [None, "path", "abstract"])
-def test_a_unix_socket_is_of_this_machine(new_daemon, listener, tmp_path, bound):
+def test_a_unix_socket_is_of_this_machine(new_daemon, listener, tmp_path):
     """Also where the client has given its own end a name."""
-    daemon = new_daemon(start=False, log__level="DEBUG")
+    daemon = new_daemon(start=False, archive__workers="0", log__level="DEBUG")
     daemon.handed = [listener(str(tmp_path / "sock"))]
     daemon.start()
-    client = socket.socket(socket.AF_UNIX)
-    if bound:
-        client.bind(str(tmp_path / "client") if bound == "path" else f"\0{tmp_path}/client")
-    client.connect(str(tmp_path / "sock"))
-    assert ask(client)[0] == 200
-    until(lambda: daemon.logged("GET /metrics 200 .*client=local"))
+    for n, name in enumerate((None, str(tmp_path / "client"), f"\0{tmp_path}/client"), 1):
+        client = socket.socket(socket.AF_UNIX)
+        if name:
+            client.bind(name)
+        client.connect(str(tmp_path / "sock"))
+        assert ask(client)[0] == 200
+        until(lambda n=n: len(re.findall("GET /metrics 200 .*client=local", daemon.log())) == n)
 
 
 def test_with_a_token_it_is_for_who_has_it(new_daemon, listener, elsewhere, tmp_path):
-    daemon = new_daemon(start=False, server__metrics_token="for+the+metrics/==", server__listen="0.0.0.0:0")
+    options = {"server__metrics_token": "for+the+metrics/==", "server__listen": "0.0.0.0:0"}
+    daemon = new_daemon(start=False, archive__workers="0", **options)
     path = str(tmp_path / "sock")
     daemon.handed = [listener(path), listener("0.0.0.0:0")]
     daemon.start()
@@ -417,9 +423,9 @@ def selectors(expr):
     return found
 
 
-def test_what_the_rules_ask_for_is_there(daemon):
+def test_what_the_rules_ask_for_is_there(idle):
     """Each metric, and each label that a rule selects by or names in its words."""
-    text = ask(daemon.address)[2]
+    text = ask(idle.address)[2]
     labels = {"up": set()}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -626,7 +626,7 @@ def test_how_long_an_upstream_asks_to_be_left_alone(monkeypatch):
     ]
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(time, "time", lambda: 1484661005.0)
+            patch.setattr(ts3d, "time", lambda: 1484661005.0)
             patch.setenv("TZ", "Asia/Tokyo")
             time.tzset()
             for seconds, headers in asked:
