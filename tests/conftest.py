@@ -23,6 +23,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import threatstack
 from demo import AWS, BUCKET, KEY_PAIR, TOKEN, environment, free_port
 
+# In the background a shell may ignore these signals, and every process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 ROOT = Path(__file__).parent.parent
 TS3D = ROOT / "ts3d.py"
 CREDENTIALS = f"""\
