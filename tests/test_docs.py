@@ -3,7 +3,6 @@
 import ast
 import http.server
 import io
-import itertools
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import urllib.request
 import machine
 import pytest
 from conftest import BUCKET, ROOT, TOKEN, TS3D, TUTORIAL_ID, alert, aws_client, environment, readme, until
+from test_outages import archive_others
 
 import ts3d
 
@@ -98,12 +98,8 @@ def test_size():
     assert [cell for line in lines if line.startswith("|") for cell in line.split("|") if len(cell) > 160] == []
     assert 5 < len(rows("Troubleshooting")) <= 15
     assert [line for line in (ROOT / "ts3d.conf").read_text().splitlines() if len(line) > 120] == []
-
-
-def test_the_first_screen():
-    screen = README.splitlines()[:45]
     for part in ("sh tests/demo", "sh tests/run", "webhook_token =", "api_key =", "bucket ="):
-        assert [line for line in screen if part in line], part
+        assert [line for line in lines[:45] if part in line], part  # on the first screen
 
 
 AVOID = {  # a word: what it looks like; the field's word
@@ -252,10 +248,6 @@ def test_the_three_settings(new_daemon, s3):
         assert daemon.start().health()["success"]
 
 
-def statements(policy):
-    return {statement["Action"]: statement["Resource"] for statement in policy["Statement"]}
-
-
 def test_bucket_and_role(moto):
     """AWS's own command line runs the commands, and the policy is what the program asks for."""
     if not shutil.which("aws"):
@@ -274,7 +266,7 @@ def test_bucket_and_role(moto):
     )
     assert s3.get_bucket_location(Bucket="my-evidence")["LocationConstraint"] == "eu-west-1"
     policy = iam.get_role_policy(RoleName="ts3d", PolicyName="ts3d")["PolicyDocument"]
-    assert statements(policy) == {
+    assert {statement["Action"]: statement["Resource"] for statement in policy["Statement"]} == {
         "s3:PutObject": "arn:aws:s3:::my-evidence/*",
         "s3:GetObject": "arn:aws:s3:::my-evidence/alerts/*",
         "s3:ListBucket": "arn:aws:s3:::my-evidence",
@@ -352,14 +344,9 @@ COMMANDS = {  # of the text: exit code with a failed alert, and what is in the o
 def test_commands(new_daemon, api):
     """With a failed alert, while others were archived, and a daemon running; and the members of `status --json`."""
     api.modes[TUTORIAL_ID] = 404
-    daemon, numbers = new_daemon(archive__give_up_after="1", server__wait="0"), itertools.count(1)
+    daemon = new_daemon(archive__give_up_after="1", server__wait="0")
     daemon.post({"alerts": [alert(id=TUTORIAL_ID)]})
-
-    def is_failed():
-        daemon.post({"alerts": [alert(next(numbers))]})
-        return daemon.health()["failed"]
-
-    until(is_failed, 40, "failed alert")
+    archive_others(daemon, lambda: daemon.health()["failed"])
     until(lambda: daemon.health()["queued"] == 0, what="empty queue")
     named = set(re.findall("`([a-z_]+)`", section("Monitoring").partition("```")[0]))
     report = json.loads(daemon.run("status", "--json", "--failed").stdout)
