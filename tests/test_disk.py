@@ -310,13 +310,13 @@ def test_a_quota_of_btrfs(new_daemon, s3, loop_mounted):
     assert daemon.post(LAST)[0] == 200
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="no strace")
 def test_a_queue_that_cannot_be_read_at_start_is_kept(new_daemon, s3):
     """An I/O error is not damage: nothing is moved aside, and the next start goes on with it."""
     daemon = new_daemon(archive__workers="0", server__wait="0")
     assert daemon.post({"alerts": [alert(0)]})[0] == 200
     daemon.kill()
-    if not shutil.which("strace"):
-        pytest.skip("no strace")
+
     command = ["strace", "-f", "-o", "/dev/null", "-P", str(daemon.queue), "-e", "inject=pread64:error=EIO"]
     result = subprocess.run(
         [*command, *daemon.command("serve")],

@@ -462,7 +462,8 @@ def assert_silent(text, version):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_each_call_of_the_daemon(talkative, api, version):
+def test_each_call_and_no_secret_is_shown(talkative, api, version):
+    """By the daemon, and by the commands."""
     daemon = talkative(version).start()
     daemon.post({"alerts": [alert(0)]})
     [(_, _, keys)] = until(lambda: archived(daemon))
@@ -470,6 +471,14 @@ def test_each_call_of_the_daemon(talkative, api, version):
     assert len(shown) == {1: 3, 2: 5}[version]
     for part in (*keys, "/alerts/alert-000000"):
         assert [line for line in shown if part in line], part
+    milliseconds = int(datetime(2026, 11, 1, tzinfo=UTC).timestamp() * 1000)
+    api.lists["active"] = [threatstack.entry("alert-000001", milliseconds, version)]
+    for arguments in (["check"], ["backfill", "--from", "2026-10-31", "--until", "2026-11-02"]):
+        result = daemon.run(*arguments)
+        assert result.returncode == 0, result
+        assert_silent(result.stdout + result.stderr, version)
+    until(lambda: len(archived(daemon)) == 2)
+    assert archived(daemon)[1][2][0] == "backfill/2026/11/01/00/00/alert-000001"
     assert_silent(daemon.log(), version)
 
 
@@ -489,20 +498,6 @@ def test_calls_that_fail(talkative, api, version):
     api.mode = lambda handler: handler.succeed("x") if handler.command == "PUT" else echo(handler)
     until(lambda: daemon.logged("threatstack unavailable"), 40)
     assert_silent(daemon.log() + str(daemon.post({"alerts": [alert(0)]})), version)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_commands_at_debug_show_no_secret(talkative, api, version):
-    milliseconds = int(datetime(2026, 11, 1, tzinfo=UTC).timestamp() * 1000)
-    api.lists["active"] = [threatstack.entry("alert-000000", milliseconds, version)]
-    daemon = talkative(version).start()
-    for arguments in (["check"], ["backfill", "--from", "2026-10-31", "--until", "2026-11-02"]):
-        result = daemon.run(*arguments)
-        assert result.returncode == 0, result
-        assert_silent(result.stdout + result.stderr, version)
-    until(lambda: archived(daemon))
-    assert archived(daemon)[0][2][0] == "backfill/2026/11/01/00/00/alert-000000"
-    assert_silent(daemon.log(), version)
 
 
 def test_a_handshake_that_fails_is_shown(new_daemon, certificate):

@@ -47,11 +47,11 @@ def test_a_malformed_queue_is_moved_aside(new_daemon, s3):
     assert len(list(daemon.folder.glob("queue.db.malformed-*Z"))) == 3
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="no strace")
 @pytest.mark.parametrize("renames", [None, 1, 2, 3])
 def test_a_malformed_queue_is_moved_aside_in_an_order_that_survives_a_kill(new_daemon, renames):
     """The write-ahead log goes first: SQLite would write it into whatever file has the name afterwards."""
-    if not shutil.which("strace"):
-        pytest.skip("no strace")
+
     daemon = new_daemon(archive__workers="0", server__wait="0")
     for n in range(50):
         daemon.post({"alerts": [alert(n, text="x" * 9000)]})
@@ -81,10 +81,10 @@ def test_a_malformed_queue_is_moved_aside_in_an_order_that_survives_a_kill(new_d
     assert before <= kept, "both files are kept as they were"
 
 
+@pytest.mark.skipif(not shutil.which("sqlite3"), reason="no sqlite3")
 def test_sqlite3_shows_what_can_still_be_read(new_daemon):
     """As the log and the README say, of a file of which two pages are lost. (Debian 12's has no `.recover`.)"""
-    if not shutil.which("sqlite3"):
-        pytest.skip("no sqlite3")
+
     daemon = new_daemon(archive__workers="0", server__wait="0")
     daemon.post({"alerts": [alert(n, note="x" * 1000) for n in range(50)]})
     daemon.stop()
