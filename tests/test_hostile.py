@@ -54,12 +54,14 @@ def test_more_connections_than_there_is_room_for(new_daemon):
 def test_no_room_while_all_are_being_answered(new_daemon, s3, api):
     """A client that waits for an answer is not cut off: the new one is."""
     api.mode = "hang"
-    daemon = new_daemon(server__max_connections="3", server__wait="3", archive__workers="4")
+    daemon = new_daemon(server__max_connections="3", server__wait="30", archive__workers="4")
     data = json.dumps({"alerts": [alert(0)]}).encode()
     with connections(daemon, 3, message([b"Content-Length: %d" % len(data)], data)) as socks:
         until(lambda: len(s3.objects("webhooks/")) == 1)
         with connections(daemon, 1) as (late,), contextlib.suppress(ConnectionResetError):
             assert late.recv(100) == b""
+        api.mode = None
+        api.released.set()
         for sock in socks:
             assert sock.recv(65536).startswith(b"HTTP/1.1 200")
 

@@ -5,6 +5,7 @@ import functools
 import http.client
 import itertools
 import json
+import random
 import re
 import threading
 import time
@@ -294,6 +295,7 @@ def test_how_long_an_alert_may_fail(archiver, monkeypatch, statuses, works, last
     now = [1e6]
     monkeypatch.setattr(ts3d, "monotonic", lambda: now[0])
     job = ts3d.Job("abcd", "2017/01/17/13/51", "webhooks", "alerts", number=1)
+    random.seed(1)  # of the pauses
     began, statuses = now[0], iter(statuses)
     status, causes = 0, {404: "not_found", 500: 500}
     while not job.failed and now[0] - began < 30 * DAY:
