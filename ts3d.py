@@ -1318,10 +1318,10 @@ class UpstreamError(Exception):
         self.upstream, self.status = upstream, status
         self.kind = kind_of_error(self.type, status)
         self.retry_after = retry_after(headers or {})
-        what = text[:400].rstrip(".")
-        super().__init__(
-            printable(f"{TITLES[upstream]}: {what}. {advice(f'{self.type} {text}')}")
-        )
+        what = printable(text)[:400].rstrip(
+            "."
+        )  # a secret must not be cut before it is found
+        super().__init__(f"{TITLES[upstream]}: {what}. {advice(f'{self.type} {text}')}")
 
 
 def retry_after(headers: Any) -> float:
@@ -1549,7 +1549,7 @@ class ThreatStack(CircuitBreaker):
             raise self.error("broken_off", f"the answer broke off: {error!r}") from None
         self.date, status = response.headers.get("Date"), response.status
         if status != 200:
-            said = body[:200].decode(errors="replace")
+            said = body[:1000].decode(errors="replace")
             text = f"{status} {response.reason}{proxy_of(target)} {said}"
             cause = self.CAUSES.get(status, status)
             raise self.error(cause, text, status, response.headers)
@@ -1691,7 +1691,8 @@ class S3(CircuitBreaker):
                 raise ConfigError(f"{where}: unknown to this boto3{likely}")
             kind = shape.members[name].type_name
             try:
-                refuse_quotes(text)
+                if kind != "map":  # JSON has quotes
+                    refuse_quotes(text)
                 extra[name] = parsers.get(kind, str)(text)
                 validate_parameters({"Bucket": "b", "Key": "k", name: extra[name]}, shape)
             except (ValueError, ParamValidationError) as error:

@@ -214,7 +214,7 @@ def test_nor_of_a_secret_in_a_file(new_daemon, option):
 
 def test_a_value_may_hold_what_looks_alike(new_daemon, s3, api):
     """Blanks, a # that begins no comment, an apostrophe, percent signs; JSON has quotes of its own."""
-    daemon = new_daemon(start=False, s3__prefix="it's a#b/c;d", put_object__Metadata='{"a": "b#c"}')
+    daemon = new_daemon(start=False, s3__prefix="it's a#b/c;d", put_object__Metadata='{"a": "b # c"}')
     (daemon.folder / "a queue's").mkdir()
     daemon.set(queue__path=daemon.folder / "a queue's" / "queue#1.db", threatstack__api_key="50%(x)s#;%")
     daemon.start().post({"alerts": [alert(0)]})
