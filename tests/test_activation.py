@@ -61,9 +61,6 @@ def receive(sock):
     return json.loads(answer.partition(b"\r\n\r\n")[2])
 
 
-# Sockets --------------------------------------------------------------------------------------------------------------
-
-
 def test_several_sockets_of_each_kind(new_daemon, listener, tmp_path, s3):
     places = ["127.0.0.1:0", "127.0.0.1:0", "[::1]:0", str(tmp_path / "sock"), f"\0{tmp_path}"]
     daemon = new_daemon(start=False)
@@ -154,9 +151,6 @@ def test_sockets_of_another_process_are_left_alone(new_daemon):
     daemon = new_daemon(start=False)
     daemon.environment.update(LISTEN_PID="1", LISTEN_FDS="1")
     assert daemon.start().health()["success"]
-
-
-# What systemd is told -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("told", ["path", "abstract"], indirect=True)
@@ -254,9 +248,6 @@ def test_every_thread_declares_progress(monkeypatch, tmp_path):
     server.stopping = archiver.stopping = True
     archiver.stop(time.monotonic() + 30)
     queue_.close()
-
-
-# What is shared with commands that are run by hand --------------------------------------------------------------------
 
 
 def test_aws_credentials_lie_with_the_secrets(new_daemon, s3):

@@ -30,9 +30,6 @@ def objects_of(id_, minute, *kinds):
 MINUTE = "2017/01/17/13/51"
 
 
-# Signatures -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "url",
     [
@@ -76,9 +73,6 @@ def test_each_try_is_signed_anew(v2, s3, api):
     until(lambda: "alerts/ab/cd/abcd" in s3.objects())
     headers = [headers["Authorization"] for _, path, headers in api.calls if path.endswith("/abcd")]
     assert len(headers) == len(set(headers)) == 4
-
-
-# Objects --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("events", ["yes", "no"])
@@ -200,9 +194,6 @@ def test_a_queued_alert_goes_by_the_configuration_of_the_day(v2, s3, api, change
     assert set(s3.objects("events/")) == {"events/al/er/alert-000002"}
 
 
-# A 401, and `check` ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ahead", [0, 50, 100, -3600])
 def test_a_401_names_all_that_may_be_wrong(v2, api, ahead):
     """A real Hawk server refuses a clock that is wrong by a minute just as it does a wrong key."""
@@ -255,9 +246,6 @@ def test_lists_without_alerts(v2, s3, api, listed):
         assert (result.returncode, f"{int(bool(listed))} listed" in result.stdout) == (0, True), result
         assert {query["status"] for query in api.queries()} == {"active", "dismissed"}
         until(lambda: not listed or f"alerts/ha/lf/{name}" in s3.objects())  # noqa: B023
-
-
-# Rate limits ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("auth", ["key", "hawk"])

@@ -115,9 +115,6 @@ def window(api):
     )
 
 
-# The main job ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("seconds", "events"), [(0.5, "yes"), pytest.param(5, "no", marks=pytest.mark.long)], ids=["0.5 s", "5 s"]
 )
@@ -232,9 +229,6 @@ def test_the_prefix_is_where_it_looks(make, s3, api):
     assert [id_ for id_, _, _ in queued(daemon)] == ["alert-000000"]
 
 
-# The list -------------------------------------------------------------------------------------------------------------
-
-
 def test_alerts_that_are_dismissed_between_the_lists(make, s3, api):
     """One before the first list had it, one after that: it is listed twice."""
     daemon = make()
@@ -338,9 +332,6 @@ def test_tokens_are_kept_as_they_are(make, s3, api):
     )
     backfill(daemon)
     assert [query.get("token") for query in api.queries()] == [None, "a/b+c=&d", "17", None]
-
-
-# The time range -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -447,9 +438,6 @@ def test_what_it_needs(make, option):
     daemon.set(**{option: None})
     backfill(daemon, code=78)
     assert f"{option.partition('__')[2]} is not set" in backfill.said
-
-
-# Problems -------------------------------------------------------------------------------------------------------------
 
 
 def start(daemon, *arguments, **streams):
@@ -682,9 +670,6 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(make, s3, api):
     backfill(daemon)
     assert backfill.said == "", "progress is for a terminal"
     assert sorted(id_ for id_, _, _ in queued(daemon)) == [f"alert-{n:06}" for n in range(900)]
-
-
-# Output ---------------------------------------------------------------------------------------------------------------
 
 
 def test_progress_on_a_terminal(make, s3, api):

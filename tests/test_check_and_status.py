@@ -257,8 +257,6 @@ def test_faults(request, new_daemon, s3, api, bucket, clock, fault):
     assert failures(daemon) == {}
 
 
-# What new users get wrong: S3's answers that no server here gives -----------------------------------------------------
-
 DENIED = (
     "User: arn:aws:sts::123456789012:assumed-role/ts3d-instance-role-of-some-length/i-0123456789abcdef0 is not "
     "authorized to perform: {} on resource: &quot;arn:aws:s3:::evidence/ts3d-check&quot; because no identity-based "
@@ -447,9 +445,6 @@ def test_a_role_that_may_not_be_assumed(checked_here, s3, tmp_path, monkeypatch,
         assert "sts:AssumeRole" in text
 
 
-# moto: the kind of credentials, Object Lock, and IAM ------------------------------------------------------------------
-
-
 def test_where_credentials_come_from(checked_here, moto, tmp_path):
     found = []
     (tmp_path / "secrets").mkdir()
@@ -508,9 +503,6 @@ def test_iam(checked_here, moto):
         assert KEYS in wrong["s3"]
     finally:
         enforce(b"1000000000")
-
-
-# check, beside the faults ---------------------------------------------------------------------------------------------
 
 
 def test_each_line_in_order_and_nothing_written(new_daemon, s3, api, certificate):
@@ -616,9 +608,6 @@ def test_a_program_that_gives_credentials(new_daemon, tmp_path, inside):
     assert not inside or verdict == "ok"
 
 
-# check: proxies and certificates of others ----------------------------------------------------------------------------
-
-
 PASSWORD = "the-password-of-the-proxy"
 
 
@@ -704,9 +693,6 @@ def test_a_clock_that_signs_nothing(checked_here, s3, api, ahead):
     wrong, _ = checked_here({"s3__endpoint_url": s3.url})
     assert set(wrong) == {"clock"}
     assert re.search(f"{'-' if ahead > 0 else ''}(3599|3600|3601)\\b.*(?i:ntp)", wrong["clock"]), wrong
-
-
-# status ---------------------------------------------------------------------------------------------------------------
 
 
 def test_before_the_first_start(new_daemon):
@@ -967,9 +953,6 @@ def test_another_user(new_daemon):
         assert re.search("(?i)permission denied|may not read|readonly|read-only|unable to open", result.stderr)
 
 
-# retry ----------------------------------------------------------------------------------------------------------------
-
-
 def fail(daemon, api, *numbers):
     """Have these alerts fail for good, and no more."""
     for n in numbers:
@@ -1043,9 +1026,6 @@ def test_whatever_has_failed_is_retried(new_daemon, s3):
     settled(daemon)
     assert len(s3.objects("rejected/")) == 1
     assert len(s3.objects("alerts/")) == 1
-
-
-# Usage ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [["check", "x"], ["status", "--xml"], ["status", "x"], ["retry", "--all"]])

@@ -44,8 +44,6 @@ def mostly(usual, *values):
     return one_of(*(usual,) * (12 * len(values)), *values)
 
 
-# HTTP ----------------------------------------------------------------------------------------------------------------
-
 SCRAPS = one_of(
     *(b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b"\x0b", b":", b",", b";", b"_", b"+", b"-", b"0", b"1"),
     *(b"a", b"\x85", b"\xa0", b"\xff", b"\r\n ", b"0\r\n\r\n", b"\r\nContent-Length: 0", b"\r\nTransfer-Encoding: x"),
@@ -251,8 +249,6 @@ def test_http(new_daemon):
     assert daemon.health()["queued"] > 0
     print("HTTP:", counts)
 
-
-# JSON ----------------------------------------------------------------------------------------------------------------
 
 TOKENS = one_of(
     *'{}[],:"\\ \t\r\n',

@@ -47,8 +47,6 @@ def is_at_rest(daemon):
     return daemon.health()["queued"] == 0
 
 
-# Requests -------------------------------------------------------------------------------------------------------------
-
 NOTHING = {"bytes": "14", "alerts": "0", "rejected": "0"}
 BOTH = b'{"alerts": [{"id": "abcd", "created_at": 0}, 1]}'
 LARGE = json.dumps(alert(0, text="x" * 200_000)).encode()
@@ -290,9 +288,6 @@ def test_an_answer_in_which_a_bug_shows_names_its_line(caplog):
     assert re.search(r"ZeroDivisionError.*by zero.*\d+", caplog.text)
 
 
-# Alerts ---------------------------------------------------------------------------------------------------------------
-
-
 def archived(daemon):
     """Of each line about an archived alert: id, tries and keys."""
     pattern = r"(?:INFO |<6>)archived id=(\S+) tries=([0-9]+) seconds=[0-9]+\.[0-9]{3} keys=(\S+)$"
@@ -379,9 +374,6 @@ def test_the_tries_of_an_alert_that_fails(new_daemon, api):
     assert keys == ["webhooks/2017/01/17/13/51/alert-000000", "alerts/al/er/alert-000000"]
 
 
-# Priorities -----------------------------------------------------------------------------------------------------------
-
-
 def in_journal(daemon):
     """Have its log file taken for the journal."""
     daemon.log_file.touch()
@@ -433,8 +425,6 @@ def test_the_level(new_daemon, api, level, said):
     until(lambda: "unauthorized" in daemon.run("status", "--json").stdout)
     assert {line.split()[2] for line in daemon.log().splitlines()} == said
 
-
-# Each call, at DEBUG --------------------------------------------------------------------------------------------------
 
 SESSION = "aws-session-token-that-no-log-may-have"
 SECRETS = [TOKEN, METRICS, threatstack.KEY, AWS["AWS_SECRET_ACCESS_KEY"], SESSION, 'mac="', "Hawk id"]

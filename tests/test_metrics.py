@@ -102,9 +102,6 @@ def is_at_rest(daemon):
     return daemon.health()["queued"] == 0
 
 
-# What is counted ------------------------------------------------------------------------------------------------------
-
-
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
 
 
@@ -298,9 +295,6 @@ def test_scrapes_under_load_are_whole_and_nothing_is_lost(new_daemon, s3):
         assert values[f"ts3d_{name}"] == 100, name
 
 
-# Who may ask ----------------------------------------------------------------------------------------------------------
-
-
 def assert_refused(answer):
     status, headers, text = answer
     assert (status, json.loads(text)["error"]["type"]) == (401, "unauthorized")
@@ -391,8 +385,6 @@ def test_each_token_is_compared_in_constant_time(monkeypatch):
     handler.authorize("metrics_token")
     assert sorted(compared) == [(a, b) for a in (b"a", b"b") for b in (b"a", b"b", b"c")]
 
-
-# The alerting rules ---------------------------------------------------------------------------------------------------
 
 RULES = (ROOT / "systemd" / "ts3d.rules.yml").read_text()
 SCRAPING = re.search(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]

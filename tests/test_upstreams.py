@@ -156,9 +156,6 @@ def bucket_missing(world):
     rename(away, folder)
 
 
-# The tables -----------------------------------------------------------------------------------------------------------
-
-
 def words(*patterns):
     """A pattern for a line in which all of these are, in any order."""
     return "".join(rf"(?=[^\n]*(?:{pattern}))" for pattern in patterns)
@@ -254,9 +251,6 @@ REAL_S3 = [
 ]
 
 
-# The tests that walk them ---------------------------------------------------------------------------------------------
-
-
 def walk(row, world, name, objects):
     daemon = world.daemon
     with contextlib.contextmanager(row.fault)(world):
@@ -320,9 +314,6 @@ def test_s3(new_daemon, bucket, tmp_path, row):
 @named(REAL_S3)
 def test_real_s3(new_daemon, s3, tmp_path, row):
     walk(row, World(new_daemon(start=False, **QUICK), s3, tmp_path), "s3", s3.objects)
-
-
-# Beside the tables ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
