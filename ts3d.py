@@ -105,7 +105,7 @@ def number(units: dict[str, int], low: float, high: float, text: str) -> float:
     """Return a number from `low` to `high`, of the type of `low`. Raises ValueError."""
     match = fullmatch(r"(-?[0-9]{1,12}(?:\.[0-9]{1,6})?)([A-Za-z]?)", text)
     if not match or match[2] not in units:
-        raise ValueError(f"not a number, or one with a unit ({' '.join(units)})")
+        raise ValueError(f"not a number. Units: {' '.join(units).strip() or 'none'}")
     value = float(match[1]) * units[match[2]]
     if not low <= value <= high:
         raise ValueError(f"not within {low:g} to {high:g}")
@@ -257,7 +257,7 @@ def read_text(path: str, where: str) -> str:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{where}: {error}. Create {path} in UTF-8, or name another file"
+            f"{where}: {error}. Create {path} in UTF-8, or name another file, or run this as root"
         ) from None
 
 
@@ -851,7 +851,8 @@ class Queue:
         if version != 2 and (version or tables or not self.place):
             raise ConfigError(
                 f"[queue] path = {self.path} is not ts3d's, or of another version ({version}, not "
-                "2). Name another, or run the ts3d that made it until nothing is queued"
+                "2). Name another, or run the ts3d that made it until nothing is queued, and then "
+                "remove the file"
             )
         if self.place:
             self._db.execute("PRAGMA journal_mode = WAL").close()
@@ -1237,8 +1238,8 @@ s3_.*CERTIFICATE_VERIFY_FAILED
     Check the AWS credentials: the instance's role, or secrets/aws_credentials. For a role
     behind a proxy set NO_PROXY=169.254.169.254
 threatstack_unauthorized
-    Check [threatstack] api_key; for a v2 key set auth = hawk, user_id and organization_id,
-    and check this machine's clock
+    Check [threatstack] api_key, then restart ts3d; for a v2 key set auth = hawk, user_id and
+    organization_id, and check this machine's clock
 threatstack_forbidden
     Allow [threatstack] api_key to read alerts
 threatstack_(not_found|wrong_detail|bad_answer)
@@ -1755,9 +1756,11 @@ class S3(CircuitBreaker):
         headers = metadata.get("HTTPHeaders", {})
         cause = str(problem.get("Code") or status or type(error).__name__)
         self.date = headers.get("date")
-        # Why, of a botocore exception.
-        detail = getattr(error, "kwargs", {}).get("error", "")
+        detail = getattr(error, "kwargs", {}).get("error", "")  # why, of a botocore exception
+        if cause == "ConfigParseError":  # that quotes a line of the file, perhaps a secret
+            detail = ""
         text = f"{problem.get('Message') or error} ({cause}) {detail}".strip()
+        text = re.sub("<[^<>]* object at 0x[0-9a-f]+>[:,] ", "", text)
 
         # botocore follows a redirect that names no region until the stack is used up.
         if "maximum recursion depth" in text:
@@ -2112,7 +2115,8 @@ class Server:
                 if connection:
                     self._close(connection)
                 sleep(0.002)  # the socket may stay readable: this loop must not spin
-        listener.close()
+        with suppress(OSError):
+            listener.close()
 
     def _serve(self, connection: Any, client: str) -> None:
         """Serve a connection until it is closed. A connection's thread."""
@@ -2490,7 +2494,8 @@ def listen(config: Config) -> list[socket.socket]:
             socket.create_server(name, family=family, backlog=1024, dualstack_ipv6=ipv6)
         ]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}. Name a free address of this machine") from None
+        text = "Name a free address of this machine. If ts3d.socket has this one, start ts3d"
+        raise ConfigError(f"{where}: {error}. {text}") from None
     for sock in sockets:
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise ConfigError(
@@ -2726,9 +2731,8 @@ def check_queue(config: Config) -> str:
 def check_clock(*dates: str | None) -> str:
     """Say by how much this machine's clock differs from the upstreams'. Raises ConfigError."""
     skews = [skew for skew in map(skew_of, dates) if skew is not None]
-    text = (
-        f"seconds ahead of S3 and Threat Stack: {', '.join(f'{skew:.0f}' for skew in skews)}"
-    )
+    shown = ", ".join(f"{skew:.0f}" for skew in skews) or "unknown, since neither answered"
+    text = f"seconds ahead of S3 and Threat Stack: {shown}"
     if any(abs(skew) > 60 for skew in skews):  # what Hawk allows
         raise ConfigError(f"{text}. Set this machine's clock: timedatectl set-ntp yes")
     return text

@@ -103,9 +103,7 @@ def archive(folder, port):
         show(f"s3://{BUCKET}/{key}", body.decode())
     expected = {"success": True, "alerts": [{"id": ALERT["id"], "state": "archived"}]}
     good = answer.stdout.strip() == json.dumps(expected) and objects == OBJECTS
-    show("Archived, byte for byte" if good else "This is not what was expected", f"Log: {folder / 'ts3d.log'}")
-    body = '{"id": "an-alert-of-mine", "created_at": "1484661065000"}'
-    show("Try it by hand", f"$ curl -i '{url}?token={TOKEN}' -d '{body}'")
+    show("Archived, byte for byte" if good else "This is not what was expected")
     return good
 
 
@@ -129,7 +127,10 @@ def main(once):
         good = archive(folder, port)
         if once:
             return 0 if good else 1
-        show("Ctrl-C ends it")
+        body = '{"id": "an-alert-of-mine", "created_at": "1484661065000"}'
+        url = f"http://127.0.0.1:{port}/api/v1/s3/alert?token={TOKEN}"
+        show("Try it by hand", f"$ curl -i '{url}' -d '{body}'")
+        show("Ctrl-C ends it", f"Log: {folder / 'ts3d.log'}")
         threading.Event().wait()
     return 0
 

@@ -274,7 +274,8 @@ def test_a_wrong_configuration_keeps_the_socket_and_says_why(machine):
     assert machine.show("ts3d.socket", "ActiveState") == "active"
     until(lambda: reason.search(machine.run("systemctl status ts3d", check=False).stdout), what="reason")
     upgrade = "cd /root/ts3d; echo '# new' >>ts3d.py; sh systemd/install"
-    assert "ts3d.service does not start" in machine.run(upgrade).stdout
+    upgraded = machine.run(upgrade, check=False)
+    assert (upgraded.returncode, "ts3d.service does not start" in upgraded.stderr) == (1, True)
     machine.run("sed -i 's/^buket =/bucket =/' /etc/ts3d/ts3d.conf")
     out, err = sender.communicate(timeout=60)
     assert json.loads(out)["success"], err

@@ -221,7 +221,7 @@ THREAT_STACK = [
 ]
 
 S3 = [
-    Row("refused", refused, "EndpointConnectionError", "Could not connect"),
+    Row("refused", refused, "EndpointConnectionError", r"Could not connect[^<>]*refused"),
     Row("unresolvable", unresolvable, "EndpointConnectionError", "nonexistent.invalid", back=False),
     Row("aborted", answering(aborted), "ConnectionClosedError|HTTPClientError|EndpointConnectionError", ""),
     Row("closed without a word", answering("reset"), "ConnectionClosedError", "Connection was closed"),
