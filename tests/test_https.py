@@ -37,7 +37,7 @@ def acme(machine):
         update-ca-certificates >/dev/null 2>&1
         DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install {packages} >/dev/null 2>&1
         systemctl disable --quiet --now nginx caddy apache2
-        sed -i 's/^#wait = 2$/wait = 30/' /etc/ts3d/ts3d.conf
+        sed -i 's/^#wait = 2$/wait = 30/' /etc/ts3d/ts3d.conf; systemctl restart ts3d
     """)
     machine.start("pebble", "-E PEBBLE_VA_NOSLEEP=1 -E PEBBLE_WFE_NONCEREJECT=0 pebble -config /root/pebble.json")
     root = "curl -sS https://localhost:15000/roots/0 >/root/roots.pem"
