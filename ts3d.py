@@ -328,7 +328,7 @@ def require(config: Config, *names: str) -> None:
         if option.name in names and not getattr(config, option.name):
             text = f"{config.file}: [{option.section}] {option.name} is not set. Set it there"
             if option.secret:
-                text += f", or write the file that {option.name}_file names"
+                text += f", or name a file in {config.secrets}: {option.name}_file = {option.name}"
             raise ConfigError(text)
 
 
