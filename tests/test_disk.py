@@ -49,7 +49,7 @@ LAST = b'{"id": "the-last-one", "created_at": 1484661065000}'
 def assert_recovers(daemon, s3, n):
     """It takes webhooks again by itself, and archives them and all that was queued: `n` alerts and this one."""
     until(lambda: daemon.request("GET", "/healthz")[0] == 200)
-    assert daemon.post(LAST)[0] == 200
+    until(lambda: daemon.post(LAST)[0] == 200)  # a checkpoint may take the last of the 16M meanwhile
     until(lambda: daemon.health()["queued"] == 0)
     ids = {f"alert-{i:06}" for i in range(n)} | {"the-last-one"}
     objects = s3.objects()

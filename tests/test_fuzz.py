@@ -1,7 +1,4 @@
-"""Near-valid HTTP against a real daemon, near-valid JSON against the webhook parser: FUZZ_SECONDS each, 600 if unset.
-
-`tests/run -m fuzz tests/test_fuzz.py`
-"""
+"""Near-valid HTTP against a real daemon, near-valid JSON against the parser: FUZZ_SECONDS each, 600 if unset."""
 
 import contextlib
 import functools
@@ -200,7 +197,8 @@ def model(h11, data):
 
 def test_http(new_daemon):
     h11 = pytest.importorskip("h11")
-    daemon = new_daemon(archive__workers="0", server__request_timeout="1", server__max_body="64K")
+    limits = {"server__request_timeout": "1", "server__keepalive_timeout": "1", "server__max_body": "64K"}
+    daemon = new_daemon(archive__workers="0", **limits)
     counts = {}
     numbers = itertools.count(1)
     taken = set()
