@@ -1927,7 +1927,7 @@ class Archiver:
         n = pool.size - pool.jobs.qsize()
         for upstream in pool.upstreams:
             n = upstream.allowance(n)
-        for job in self.queue.take(lane, n):
+        for job in self.queue.take(lane, n) if n > 0 else ():
             for upstream in pool.upstreams:
                 if upstream.open_for:
                     job.probe = True
