@@ -1319,9 +1319,8 @@ class UpstreamError(Exception):
         self.upstream, self.status = upstream, status
         self.kind = kind_of_error(self.type, status)
         self.retry_after = retry_after(headers or {})
-        what = printable(text)[:400].rstrip(
-            "."
-        )  # a secret must not be cut before it is found
+        # A secret that is cut before it is found would show its beginning.
+        what = printable(text)[:400].rstrip(".")
         super().__init__(f"{TITLES[upstream]}: {what}. {advice(f'{self.type} {text}')}")
 
 
@@ -1761,7 +1760,6 @@ class S3(CircuitBreaker):
             detail = ""
         text = f"{problem.get('Message') or error} ({cause}) {detail}".strip()
         text = re.sub("<[^<>]* object at 0x[0-9a-f]+>[:,] ", "", text)
-
         # botocore follows a redirect that names no region until the stack is used up.
         if "maximum recursion depth" in text:
             cause, status, text = "PermanentRedirect", 301, "redirects have no end"
@@ -2108,7 +2106,7 @@ class Server:
                     # Or an answer waits until TLS's session tickets are acknowledged: 44 ms.
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
                 start_thread("connection", self._serve, connection, client)
-            except TimeoutError:
+            except TimeoutError:  # nobody connected: look at the limits again
                 pass
             except (OSError, RuntimeError) as error:  # no client, file, memory or thread
                 debug("connection not accepted", error=error)
@@ -2459,16 +2457,15 @@ class Handler(BaseHTTPRequestHandler):
 
 def state_of(alert: Job | Malformed, errors: dict[int, Json | None]) -> Json:
     """Return an alert's state for the answer; `errors` has the jobs that are not archived."""
-    state: Json = {"id": alert.id, "state": "archived"}
-    error: Json | None = None
     if isinstance(alert, Malformed):
-        state["state"], error = (
-            "rejected",
-            error_json("invalid_alert", INVALID.format(alert)),
-        )
-    elif alert.number in errors:
-        state["state"], error = "queued", errors[alert.number]
-    return state | {"error": error} if error else state
+        invalid = error_json("invalid_alert", INVALID.format(alert))
+        return {"id": alert.id, "state": "rejected", "error": invalid}
+    if alert.number not in errors:
+        return {"id": alert.id, "state": "archived"}
+    state: Json = {"id": alert.id, "state": "queued"}
+    if error := errors[alert.number]:
+        state["error"] = error
+    return state
 
 
 def is_local(ip: str) -> bool:
@@ -2905,9 +2902,11 @@ def insist(call: Callable[[str], Any], name: str) -> Any:
 
 
 def wait_for_room(queue_: Queue) -> None:
-    """Wait while BACKFILL_QUEUED alerts are queued. Raises QueueError after BACKFILL_PATIENCE."""
-    deadline = monotonic() + BACKFILL_PATIENCE
-    while queue_.facts["queued"] >= BACKFILL_QUEUED:
+    """Wait while BACKFILL_QUEUED alerts are queued. Raises QueueError if they get no fewer."""
+    fewest, deadline = inf, 0.0
+    while (queued := queue_.facts["queued"]) >= BACKFILL_QUEUED:
+        if queued < fewest:
+            fewest, deadline = queued, monotonic() + BACKFILL_PATIENCE
         if monotonic() > deadline:
             raise QueueError(f"{BACKFILL_QUEUED} alerts are queued. Check: ts3d status")
         sleep(1)

@@ -548,6 +548,17 @@ def test_a_run_with_progress_goes_on(make, s3, api, clock):
     assert backfill(daemon) == summary(900, queued=900)
 
 
+@pytest.mark.parametrize(("left", "ends"), [(range(1300, 998, -1), True), (itertools.repeat(1000), False)])
+def test_a_queue_that_drains_slowly_is_waited_for(monkeypatch, left, ends):
+    """One alert every seven minutes; but ten minutes without one end the run."""
+    clock, left = itertools.count(0, 200), iter(left)
+    monkeypatch.setattr(ts3d, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(ts3d, "sleep", lambda _: None)
+    queue = type("Queue", (), {"facts": property(lambda _: {"queued": next(left)})})()
+    with contextlib.nullcontext() if ends else pytest.raises(ts3d.QueueError):
+        ts3d.wait_for_room(queue)
+
+
 @pytest.mark.parametrize("mode", [400, 401, 403, 404, 301])
 def test_an_error_that_no_retry_can_help_ends_the_run_at_once(make, s3, api, mode):
     daemon = make(1 if mode == 404 else 2)  # of version 2 a 404 is an empty list

@@ -29,8 +29,6 @@ from conftest import AWS, BUCKET, CREDENTIALS, Daemon, Rclone, alert, error_of, 
 
 import ts3d
 
-# How an upstream breaks: generators, given the World, which break it, yield, and repair it -------------------------
-
 
 class World(NamedTuple):
     """The daemon, which is not started yet, and the upstream of whose failure a row speaks."""
@@ -437,9 +435,6 @@ def test_a_name_of_which_one_address_is_dead(new_daemon, s3, api, tmp_path, trac
             until(lambda: len(s3.objects("alerts/")) == 4, 60, "archived alerts")
         tried = trace.read_text().count('inet_addr("127.0.0.2")')
         assert tried <= 1 or daemon.logged("WARNING .*address")
-
-
-# Proxies, and what boto3 takes from the environment -------------------------------------------------------------------
 
 
 PASSWORD = "the-password-of-the-proxy"
