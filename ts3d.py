@@ -2106,7 +2106,7 @@ class Server:
                     # Or an answer waits until TLS's session tickets are acknowledged: 44 ms.
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
                 start_thread("connection", self._serve, connection, client)
-            except TimeoutError:  # nobody connected: look at the limits again
+            except TimeoutError:  # no connection came: look at the limits again
                 pass
             except (OSError, RuntimeError) as error:  # no client, file, memory or thread
                 debug("connection not accepted", error=error)

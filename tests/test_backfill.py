@@ -215,7 +215,7 @@ def test_a_failed_alert_is_tried_anew(make, s3, api):
     api.modes.clear()
     assert backfill(daemon) == summary(3, archived=2, queued=1)
     until(lambda: len(s3.objects("alerts/")) == 3)
-    assert daemon.health()["failed"] == 0
+    until(lambda: daemon.health()["failed"] == 0)  # its figures are up to a second old
 
 
 def test_the_prefix_is_where_it_looks(make, s3, api):
