@@ -21,7 +21,6 @@ Stack, S3, archiver, HTTP server, systemd, commands. README.md is the administra
 import configparser
 import fcntl
 import hmac
-import io
 import itertools
 import logging
 import os
@@ -40,9 +39,8 @@ import traceback
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from base64 import b64encode
 from collections import Counter, defaultdict, deque, namedtuple
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -80,110 +78,86 @@ log = logging.getLogger("ts3d")
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: one table of options; defaults, validation and messages come from it
-# --------------------------------------------------------------------------------------------------
 
 
-class ConfigError(Exception):
+class ConfigError(RuntimeError):
     """A configuration that cannot be used: where, why and what to do. Exit code 78."""
 
 
 Json = dict[str, Any]
-Parser = Callable[[str], Any]  # returns an option's value; raises ValueError
 PORT = "([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
-TIME = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
-SIZE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}  # bytes
-
-
-def matching(pattern: str, meaning: str, text: str) -> str:
-    """Return a text that matches `pattern`. Raises ValueError."""
-    if not fullmatch(pattern, text):
-        raise ValueError(f"not {meaning}")
-    return text
-
-
-def number(units: dict[str, int], low: float, high: float, text: str) -> float:
-    """Return a number from `low` to `high`, of the type of `low`. Raises ValueError."""
-    match = fullmatch(r"(-?[0-9]{1,12}(?:\.[0-9]{1,6})?)([A-Za-z]?)", text)
-    if not match or match[2] not in units:
-        raise ValueError(f"not a number. Units: {' '.join(units).strip() or 'none'}")
-    value = float(match[1]) * units[match[2]]
-    if not low <= value <= high:
-        raise ValueError(f"not within {low:g} to {high:g}")
-    return type(low)(value)
-
-
-def boolean(text: str) -> bool:
-    """Return a yes or no. Raises ValueError."""
-    matching("(?i)yes|no|true|false|on|off|1|0", "yes or no", text)
-    return bool(fullmatch("(?i)yes|true|on|1", text))
-
-
-address = partial(
-    matching,
-    rf"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):{PORT}",
-    "an address. Write HOST:PORT, or [::1]:PORT for IPv6",
-)
-url = partial(
-    matching,
-    r"https?://([A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*|\[[0-9A-Fa-f:.]+\])"
-    rf"(:{PORT})?(/[!-\"$->@-~]*)?",
-    "a URL of the form https://HOST/PATH",
-)
-token = partial(
-    matching,
-    r"\s*[A-Za-z0-9._~+/=-]{16,}(\s+[A-Za-z0-9._~+/=-]{16,})*\s*",
-    "a token. It needs at least 16 characters, only of A-Z a-z 0-9 - . _ ~ + / =, because it must "
-    "fit into a URL as it is (RFC 6750). Write several one a line. Create: openssl rand -hex 32",
-)
-word = partial(matching, "[!-~]+", "one word of visible ASCII characters")
-level = partial(matching, "(?i)DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR")
-auth = partial(matching, "key|hawk", "key or hawk")
-key_prefix = partial(
-    matching,
-    r"([^/\x00-\x1f\x7f]+(/[^/\x00-\x1f\x7f]+)*)?",
-    "a key prefix. Write it without a slash at either end, empty parts and control characters",
-)
-bucket_name = partial(
-    matching,
-    "[A-Za-z0-9._-]{3,255}|arn:[A-Za-z0-9:/._-]+",
-    "a bucket. Write its name alone, without s3:// and without a path",
-)
-seconds = partial(partial, number, TIME)
-size = partial(partial, number, SIZE)
-count = partial(partial, number, {"": 1})
-
-# A secret is never shown, and NAME_file may name a file that holds it. Each comment is also in
-# ts3d.conf.
-Option = namedtuple("Option", "section name parse default secret", defaults=[None, False])
-ROWS: tuple[tuple[Any, ...], ...] = (
-    ("server.listen", address, "127.0.0.1:8080"),  # HOST:PORT or [::1]:PORT to listen on
-    ("server.webhook_token", token, None, True),  # secret that a webhook must present
-    ("server.metrics_token", token, None, True),  # secret for /metrics
-    ("server.wait", seconds(0.0, 30), "2"),  # seconds an answer may wait for S3
-    ("server.max_body", size(1, 64 << 20), "8M"),  # bytes of one webhook
-    ("server.request_timeout", seconds(0.1, 3600), "10"),  # seconds for one request
-    ("server.keepalive_timeout", seconds(0.1, 86400), "5m"),  # seconds kept idle
-    ("server.max_connections", count(1, 65536), "1024"),  # connections held at once
-    ("server.tls_certificate", str),  # PEM file: the certificate chain for HTTPS
-    ("server.tls_key", str),  # PEM file: the certificate's private key
-    ("threatstack.auth", auth, "key"),  # API v1 or v2
-    ("threatstack.base_url", url),  # the API's URL; the default depends on auth
-    ("threatstack.api_key", word, None, True),  # the API key
-    ("threatstack.user_id", word, None, True),  # Hawk's id
-    ("threatstack.organization_id", word),  # Hawk's ext, or Organization header
-    ("threatstack.events", boolean, "yes"),  # with Hawk, archive contributing events too
-    ("threatstack.timeout", seconds(0.1, 3600), "30"),  # seconds for one call
-    ("s3.bucket", bucket_name),  # the bucket
-    ("s3.prefix", key_prefix, ""),  # prefix of every key
-    ("s3.region", word),  # AWS region; by default boto3's
-    ("s3.endpoint_url", url),  # S3 endpoint; by default boto3's
-    ("queue.path", str),  # the SQLite file
-    ("queue.max_size", size(1, 1 << 50), "1G"),  # bytes of queued alerts
-    ("archive.workers", count(0, 1024), "16"),  # alerts archived at once
-    ("archive.give_up_after", seconds(0.0, 10**9), "7d"),  # time an alert may fail
-    ("log.level", level, "INFO"),  # lowest level that is logged
-)
-OPTIONS = [Option(*name.split("."), *row) for name, *row in ROWS]
+KINDS = {  # of values: what they match, and what is said of a value that does not
+    "boolean": ("(?i)yes|no|true|false|on|off|1|0", "yes or no"),
+    "address": (
+        rf"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):{PORT}",
+        "an address. Write HOST:PORT, or [::1]:PORT for IPv6",
+    ),
+    "url": (
+        r"https?://([A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*|\[[0-9A-Fa-f:.]+\])"
+        rf"(:{PORT})?(/[!-\"$->@-~]*)?",
+        "a URL of the form https://HOST/PATH",
+    ),
+    "token": (
+        r"\s*[A-Za-z0-9._~+/=-]{16,}(\s+[A-Za-z0-9._~+/=-]{16,})*\s*",
+        "a token. It needs at least 16 characters, only of A-Z a-z 0-9 - . _ ~ + / =, because it "
+        "must fit into a URL as it is (RFC 6750). Write several one a line. Create: openssl rand "
+        "-hex 32",
+    ),
+    "word": ("[!-~]+", "one word of visible ASCII characters"),
+    "path": ("(?s).*", "a path"),
+    "level": ("(?i)DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"),
+    "auth": ("key|hawk", "key or hawk"),
+    "bucket": (
+        "[A-Za-z0-9._-]{3,255}|arn:[A-Za-z0-9:/._-]+",
+        "a bucket. Write its name alone, without s3:// and without a path",
+    ),
+    "prefix": (
+        r"[^/\x00-\x1f\x7f]+(/[^/\x00-\x1f\x7f]+)*",
+        "a key prefix. Write it without a slash at either end, empty parts and control characters",
+    ),
+}
+UNITS = {  # kinds of numbers
+    "seconds": {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400},
+    "bytes": {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40},
+    "count": {"": 1},
+}
+# Section and name, default, kind of value with limits, meaning, which is also in ts3d.conf. A
+# secret is never shown, and NAME_file may name a file that holds it.
+Option = namedtuple("Option", "section name default secret kind low high meaning")
+OPTIONS = [
+    Option(*row)
+    for row in re.findall(
+        r"(?m)^(\w+)\.(\w+) = ?(\S*) +(secret )?(\w+)(?: (\S+) to (\S+))? {2,}(.+)$",
+        """
+server.listen = 127.0.0.1:8080     address                HOST:PORT or [::1]:PORT to listen on
+server.webhook_token =             secret token           secret that a webhook must present
+server.metrics_token =             secret token           secret for /metrics
+server.wait = 2                    seconds 0 to 30        seconds an answer may wait for S3
+server.max_body = 8M               bytes 1 to 64M         bytes of one webhook
+server.request_timeout = 10        seconds 0.1 to 3600    seconds for one request
+server.keepalive_timeout = 5m      seconds 0.1 to 86400   seconds kept idle
+server.max_connections = 1024      count 1 to 65536       connections held at once
+server.tls_certificate =           path                   PEM file: the certificate chain for HTTPS
+server.tls_key =                   path                   PEM file: the certificate's private key
+threatstack.auth = key             auth                   API v1 or v2
+threatstack.base_url =             url                    the API's URL; the default depends on auth
+threatstack.api_key =              secret word            the API key
+threatstack.user_id =              secret word            Hawk's id
+threatstack.organization_id =      word                   Hawk's ext, or Organization header
+threatstack.events = yes           boolean                with Hawk, archive contributing events too
+threatstack.timeout = 30           seconds 0.1 to 3600    seconds for one call
+s3.bucket =                        bucket                 the bucket
+s3.prefix =                        prefix                 prefix of every key
+s3.region =                        word                   AWS region; by default boto3's
+s3.endpoint_url =                  url                    S3 endpoint; by default boto3's
+queue.path =                       path                   the SQLite file
+queue.max_size = 1G                bytes 1 to 1024T       bytes of queued alerts
+archive.workers = 16               count 0 to 1024        alerts archived at once
+archive.give_up_after = 7d         seconds 0 to 11574d    time an alert may fail
+log.level = INFO                   level                  lowest level that is logged
+""",
+    )
+]
 PUT_OBJECT = "s3:put_object"  # its options are parameters of boto3's put_object
 OWN_PARAMETERS = re.compile("Bucket|Key|Body|Content(Type|Length|MD5)|Checksum.*")
 ENVIRONMENT = {  # the tutorial's variables, by the option that each overrides
@@ -192,14 +166,8 @@ ENVIRONMENT = {  # the tutorial's variables, by the option that each overrides
     "bucket": "TS_AWS_S3_BUCKET",
     "prefix": "TS_AWS_S3_PREFIX",
 }
-BASE_URLS = {
-    "key": "https://app.threatstack.com/api/v1",
-    "hawk": "https://api.threatstack.com/v2",
-}
-CONFIG_FILES = (
-    "/etc/ts3d/ts3d.conf",
-    join(dirname(os.path.realpath(__file__)), "ts3d.conf"),
-)
+BASE_URLS = {"key": "https://app.threatstack.com/api/v1", "hawk": "https://api.threatstack.com/v2"}
+CONFIG_FILES = ("/etc/ts3d/ts3d.conf", join(dirname(os.path.realpath(__file__)), "ts3d.conf"))
 SECRETS: list[str] = []  # what `printable` removes
 # The options' values by name. Also `file` (path of ts3d.conf), `secrets` (the secrets' folder),
 # `put_object` (texts by parameter), `tls` (an SSLContext or None) and `changed` (options that are
@@ -207,7 +175,28 @@ SECRETS: list[str] = []  # what `printable` removes
 Config = SimpleNamespace
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def parse(kind: str, text: str, low: str = "0", high: str = "0") -> Any:
+    """Return what a text of this kind means, a number from `low` to `high`. Raises ValueError."""
+    if units := UNITS.get(kind):
+        value = amount(text, units)
+        if not amount(low, units) <= value <= amount(high, units):
+            raise ValueError(f"not within {low} to {high}")
+        return value if kind == "seconds" else int(value)
+    pattern, meaning = KINDS[kind]
+    if not fullmatch(pattern, text):
+        raise ValueError(f"not {meaning}")
+    return bool(fullmatch("(?i)yes|true|on|1", text)) if kind == "boolean" else text
+
+
+def amount(text: str, units: dict[str, int]) -> float:
+    """Return a number, multiplied by its unit. Raises ValueError."""
+    match = fullmatch(r"(-?[0-9]{1,12}(?:\.[0-9]{1,6})?)([A-Za-z]?)", text)
+    if not match or match[2] not in units:
+        raise ValueError(f"not a number. Units: {' '.join(units).strip() or 'none'}")
+    return float(match[1]) * units[match[2]]
+
+
+def nearest(name: str, known: Any) -> str:
     """Return `. Did you mean …?` with the known name that is most like this one, or nothing."""
     import difflib  # only a misspelt option needs it, and its import is slow
 
@@ -234,7 +223,7 @@ def load_config(path: str) -> Config:
     return config
 
 
-def read_ini(path: str) -> dict[str, dict[str, str]]:
+def read_ini(path: str) -> Json:
     """Return the file's options by section. Raises ConfigError."""
     # No interpolation: keys contain `%`. No default section: its options would be in all others.
     parser = configparser.RawConfigParser(default_section="", empty_lines_in_values=False)
@@ -261,11 +250,8 @@ def read_text(path: str, where: str) -> str:
         ) from None
 
 
-def load_option(config: Config, option: Any, section: dict[str, str]) -> None:
-    """Set an option from the environment, its section, which loses it, or its default.
-
-    Raises ConfigError.
-    """
+def load_option(config: Config, option: Any, section: Json) -> None:
+    """Set an option, which is taken out of its section, or its default. Raises ConfigError."""
     where = f"[{option.section}] {option.name}"
     variable = ENVIRONMENT.get(option.name, "")
     text = section.pop(option.name, None)
@@ -281,33 +267,29 @@ def load_option(config: Config, option: Any, section: dict[str, str]) -> None:
         path = join(config.secrets, file)
         text = read_text(path, f"{config.file}: {where}").strip("\n")
     if option.name == "webhook_token" and text == "":  # every client would be admitted
-        raise ConfigError(
-            f"{config.file}: {where}: empty. Write a token there, or remove the line"
-        )
+        raise ConfigError(f"{config.file}: {where}: empty. Write a token there, or remove the line")
     if text and text != option.default:
         config.changed.append(where)
     value = text or option.default
     try:
         if value:
             refuse_quotes(value)
-            value = option.parse(value)
+            value = parse(option.kind, value, option.low, option.high)
     except ValueError as error:
         shown = "" if option.secret else f" = {value!r}"
         raise ConfigError(f"{config.file}: {where}{shown}: {error}") from None
     setattr(config, option.name, value)
     if option.secret:  # a shorter secret would be found by chance, and reveal itself so
-        SECRETS.extend(re.findall(r"\S{8,}", value or ""))
+        SECRETS.extend(re.findall(r"\S{8,}", value))
 
 
 def refuse_quotes(text: str) -> None:
     """Raise ValueError for quotes and comments, which an INI file takes for parts of the value."""
     if fullmatch(r"(?s)\s*([\"']).*\1\s*|.*\s[#;].*", text):
-        raise ValueError(
-            "a value has no quotes around it and no comment behind it. Remove them"
-        )
+        raise ValueError("a value has no quotes around it and no comment behind it. Remove them")
 
 
-def refuse_unknown(path: str, sections: dict[str, dict[str, str]]) -> None:
+def refuse_unknown(path: str, sections: Json) -> None:
     """Raise ConfigError for an unknown section or option: `load_option` has left none but those."""
     for section, names in sections.items():
         known = {option.name: option.section for option in OPTIONS}
@@ -353,7 +335,6 @@ def load_tls(config: Config) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Log
-# --------------------------------------------------------------------------------------------------
 
 # sd-daemon(3)'s, of DEBUG (10), INFO (20), WARNING, ERROR and CRITICAL: journald reads them
 PRIORITIES = "?76432"
@@ -411,15 +392,7 @@ log_error = partial(log_event, logging.ERROR)
 
 def explain(error: BaseException) -> str:
     """Return an error in words; of an unexpected error also its lines in this file."""
-    expected = (
-        ConfigError,
-        QueueError,
-        UpstreamError,
-        ArgumentTypeError,
-        OSError,
-        RuntimeError,
-    )
-    if isinstance(error, expected):
+    if isinstance(error, RuntimeError | ArgumentTypeError | OSError):
         return str(error)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
     return f"internal error: {error!r} (lines {lines}). Report it"
@@ -427,7 +400,6 @@ def explain(error: BaseException) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Metrics: counted where it happens, shown by GET /metrics
-# --------------------------------------------------------------------------------------------------
 
 # Name, type and help of each metric. Source: https://prometheus.io/docs/practices/naming/
 METRICS = """\
@@ -452,7 +424,7 @@ process_start_time_seconds gauge Start time of the process since the epoch.
 QUEUE_METRICS = re.findall(r"(?m)^ts3d_queue\w+", METRICS)  # in the order of Queue.facts
 STATUSES = "200 400 401 404 405 408 413 415 431 500 503".split()
 # Values by sample, and by labels as Prometheus writes them.
-METRIC_VALUES: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+METRIC_VALUES: Json = defaultdict(lambda: defaultdict(float))
 METRICS_LOCK = Lock()
 
 
@@ -471,10 +443,7 @@ add("process_start_time_seconds", time())
 
 
 def metrics_text() -> str:
-    """Return all metrics in Prometheus's text format.
-
-    Source: https://prometheus.io/docs/instrumenting/exposition_formats/
-    """
+    """Return all metrics. Source: https://prometheus.io/docs/instrumenting/exposition_formats/"""
     lines = []
     for line in METRICS.splitlines():
         name, kind, explanation = line.split(" ", 2)
@@ -489,23 +458,20 @@ def metrics_text() -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Webhook: from a body to jobs, each with its alert's own bytes
-# --------------------------------------------------------------------------------------------------
 
 
 class Malformed(Exception):
-    """A webhook or alert that is not valid: member or place, and cause; `id` if it has one."""
-
-    id: str | None = None
+    """A text that is not what was expected: member or place, and cause."""
 
 
 @dataclass
 class Job:
-    """An alert to archive, or a rejected body.
+    """An alert to archive, or a rejected body. An invalid alert is one with an error, never queued.
 
     `minute` is YYYY/MM/DD/HH/MM in UTC. `source` says which objects it consists of, `step` which of
     them is next. `due` and `failed_at` are times of the monotonic clock, `received` and
-    `error_since` seconds since the epoch. `failing` is seconds that count
-    towards give_up_after. A job that was taken from the queue has no `body`.
+    `error_since` seconds since the epoch. `failing` is seconds that count towards give_up_after. A
+    job has no `body` once it is in the queue.
     """
 
     id: str
@@ -586,7 +552,7 @@ def literal_of(text: str, wanted: str) -> str:
     return next(literal for (name, _), (_, literal) in pairs if name == wanted)
 
 
-def read_webhook(body: bytes) -> list[Job | Malformed]:
+def read_webhook(body: bytes) -> list[Job]:
     """Read `{"alerts": [ALERT, …]}` or one bare ALERT, each alert by itself. Raises Malformed."""
     text, value = read_json(body)
     if not isinstance(value, tuple):
@@ -613,36 +579,34 @@ def read_webhook(body: bytes) -> list[Job | Malformed]:
 
 
 def read_alert(
-    text: str,
-    alert: Any,
-    place: str = "",
-    time_name: str = "created_at",
-    source: str = "webhooks",
-) -> Job | Malformed:
-    """Return the job of one alert, given as text and value, or what is invalid in it.
+    text: str, alert: Any, place: str = "", time_name: str = "created_at", source: str = "webhooks"
+) -> Job:
+    """Return the job of one alert, given as text and value; if it is invalid, with an error.
 
     `place` says where it is, `time_name` names the member with its time.
     """
+    job = Job("", minute_of(time()), source, source, text.encode())
+    job.error_type, job.error_message = "invalid_alert", f"{place}: not an object"
     if not isinstance(alert, tuple):
-        return Malformed(f"{place}: not an object")
-    names, members = [name for name, _ in alert], dict(alert)
-    id_ = members.get("id")
-    shown, minute, cause = id_[:200] if isinstance(id_, str) else "", "", ""
+        return job
+    names, members, cause = [name for name, _ in alert], dict(alert), ""
+    if isinstance(members.get("id"), str):
+        job.id = members["id"][:200]
     for name in ("id", time_name):
         try:
             if names.count(name) != 1:
                 cause = "there twice" if name in names else "missing"
             elif name == time_name:
-                minute = minute_of(read_time(members[name]))
-            elif not ALERT_ID.fullmatch(shown):
+                job.minute = minute_of(read_time(members[name]))
+            elif not ALERT_ID.fullmatch(job.id):
                 raise ValueError("is not 4 to 128 of A-Z a-z 0-9 _ -")
         except ValueError as error:
             cause = f"{printable(literal_of(text, name)[:60])} {error}"
         if cause:
-            malformed = Malformed(f"{place}.{name}: {cause}".lstrip("."))
-            malformed.id = shown or None
-            return malformed
-    return Job(shown, minute, source, source, text.encode())
+            job.error_message = f"{place}.{name}: {cause}".lstrip(".")
+            return job
+    job.error_type = None
+    return job
 
 
 def read_time(value: Any) -> float:
@@ -675,7 +639,6 @@ def minute_of(moment: float) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Queue: what was acknowledged and is not archived yet, in one SQLite file
-# --------------------------------------------------------------------------------------------------
 
 MIN_DISK_FREE = 16 << 20  # bytes that webhooks leave free: room to drain the queue
 WAL_SIZE = 4 << 20  # bytes of write-ahead log after which it is copied into the file
@@ -694,10 +657,10 @@ KNOWN_FAILURES = {  # text and type of a QueueError, by SQLite's name
 Write = Callable[[Connection], Any]  # a part of a transaction; returns its result
 
 
-class QueueError(Exception):
+class QueueError(RuntimeError):
     """The queue cannot be read or written now; `type` is that of the problem in `status`."""
 
-    def __init__(self, text: str, type_: str = "queue_unwritable") -> None:
+    def __init__(self, text: str, type_: str = "queue_unwritable"):
         super().__init__(text)
         self.type = type_
 
@@ -783,10 +746,9 @@ class Queue:
             AND other.step = jobs.step AND other.number < jobs.number)
         ORDER BY due, number LIMIT ?"""
     DELETE = "DELETE FROM jobs WHERE number = :number"
-    ERRORS = """SELECT number, error_type AS type, error_message AS message FROM jobs
+    ERRORS = """SELECT number, id, minute, source, step, error_type, error_message FROM jobs
         WHERE number IN (SELECT value FROM json_each(?))"""
-    QUEUED = """SELECT id FROM jobs
-        WHERE failed = 0 AND id IN (SELECT value FROM json_each(?))"""
+    QUEUED = "SELECT id FROM jobs WHERE failed = 0 AND id = ?"
     # SQLite takes the bare columns from the row that min() finds.
     PROBLEMS = """SELECT error_type AS type, error_message AS message,
         strftime('%Y-%m-%dT%H:%M:%fZ', min(error_since), 'unixepoch') AS since,
@@ -804,14 +766,13 @@ class Queue:
         "|OSError"
     )
 
-    def __init__(self, path: str, max_size: int, place: str = "") -> None:
+    def __init__(self, path: str, max_size: int, place: str = ""):
         """Open the queue; with `place` (the daemon) create it and keep other daemons out.
 
         `place` is where alerts are archived. Raises ConfigError if the queue cannot be opened.
         """
         self.path, self.max_size, self.place = path, max_size, place
         self.error: QueueError | None = None  # why the last transaction failed
-        self.fatal: QueueError | None = None  # what ends the process
         self._lock = RLock()  # for _reader and _taken
         # Jobs that are not on disk as they are, by number: None while a worker has one, then what
         # became of it.
@@ -1048,7 +1009,7 @@ class Queue:
         text = f"the queue cannot be written: {error} ({name}). Check its disk"
         failure = QueueError(*KNOWN_FAILURES.get(name, (text,)))
         if not self.RECOVERABLE.match(name):
-            self.fatal = self.fatal or failure
+            FATAL.append(failure)
         if not self.error:
             log_error("queue unavailable, webhooks are answered 503", error=failure)
         self.error = failure
@@ -1076,10 +1037,7 @@ class Queue:
     # Reading --------------------------------------------------------------------------------------
 
     def read(self, sql: str, *values: Any) -> list[Any]:
-        """Return all rows. Raises QueueError.
-
-        No read transaction outlives its statement: it would stop checkpoints.
-        """
+        """Return all rows: an unfinished statement would stop checkpoints. Raises QueueError."""
         with self._lock:
             try:
                 return self._reader.execute(sql, values).fetchall()
@@ -1099,25 +1057,22 @@ class Queue:
             jobs += [
                 replace(job, probe=False)
                 for job in self._taken.values()
-                if job
-                and job.lane == lane
-                and job.due <= now
-                and not (job.done or job.failed)
+                if job and job.lane == lane and job.due <= now and not (job.done or job.failed)
             ]
             for job in jobs[:n]:
                 self._taken[job.number] = None
             return jobs[:n]
 
-    def errors(self, numbers: Iterable[int]) -> dict[int, Json | None]:
-        """Return the last errors of those jobs that are not archived yet. Raises QueueError."""
-        errors = {}
+    def refresh(self, jobs: list[Job]) -> None:
+        """Set `done` and the last error of jobs that were put. Raises QueueError."""
         with self._lock:
-            for number, type_, message in self.read(self.ERRORS, dumps(list(numbers))):
-                if job := self._taken.get(number):
-                    type_, message = job.error_type, job.error_message
-                if not job or not job.done:
-                    errors[number] = error_json(type_, message) if type_ else None
-        return errors
+            rows = self.read(self.ERRORS, dumps([job.number for job in jobs]))
+            queued = {row["number"]: Job(**row) for row in rows}
+            for job in jobs:
+                now = self._taken.get(job.number) or queued.get(job.number)
+                job.done = not now or now.done
+                if now:
+                    job.error_type, job.error_message = now.error_type, now.error_message
 
     def problems(self) -> list[Json]:
         """Return current problems: `type`, `message`, `since`, `queued`, `failed`, `alert`.
@@ -1127,27 +1082,25 @@ class Queue:
         found = []
         if not running(self.path):
             text = "the daemon is not running. Run systemctl start ts3d.socket ts3d.service"
-            found.append(error_json("not_running", text))
+            found.append({"type": "not_running", "message": text})
         try:
             self.require_writable()
         except QueueError as error:
-            found.append(error_json(error.type, str(error)))
+            found.append({"type": error.type, "message": str(error)})
         return found + [dict(row) for row in self.read(self.PROBLEMS)]
 
-    def close(self, limit: float = 30) -> None:
-        """Write what waits, for `limit` seconds at most, and close."""
+    def close(self) -> None:
+        """Write what waits, and close."""
         self._closing = True
         self._wake.set()
         # A disk that hangs is left alone: what was acknowledged is on it.
-        self.writer.join(limit)
+        self.writer.join(3)
 
 
 def connect(path: str) -> Connection:
     """Open a connection to an existing file. Raises sqlite3.Error."""
     uri = f"file:{quote(path)}?mode=rw"
-    db = sqlite3.connect(
-        uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0
-    )
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=0)
     db.row_factory = sqlite3.Row
     # A commit is on disk when it returns. `_checkpoint` does what SQLite would do by itself. The
     # SELECT opens the write-ahead log: without it a connection's checkpoint does nothing.
@@ -1201,14 +1154,8 @@ def create_file(path: str) -> Any:
     return open(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "rb")
 
 
-def error_json(type_: str, message: str) -> Json:
-    """Return an error as answers and `status --json` show it."""
-    return {"type": type_, "message": message}
-
-
 # --------------------------------------------------------------------------------------------------
 # Circuit breaker: what an error says of its upstream, and what follows
-# --------------------------------------------------------------------------------------------------
 
 MAX_PROBE_PAUSE = 8.0  # seconds at most between probes of an unavailable upstream
 MAX_RETRY_PAUSE = 15 * 60.0  # seconds at most between tries of an alert
@@ -1306,15 +1253,10 @@ def advice(error: str) -> str:
     return " ".join(advised[0].split())
 
 
-class UpstreamError(Exception):
-    """A failed call: `type` and `kind` for programs, a text with an instruction for people.
+class UpstreamError(RuntimeError):
+    """A failed call: `type`, `kind`, `retry_after` (seconds), and a text with an instruction."""
 
-    `retry_after` is in seconds.
-    """
-
-    def __init__(
-        self, upstream: str, cause: Any, text: str, status: int = 0, headers: Any = None
-    ) -> None:
+    def __init__(self, upstream: str, cause: Any, text: str, status: int = 0, headers: Any = None):
         self.type = f"{upstream}_{re.sub('[^A-Za-z0-9]', '_', str(cause))[:60]}"
         self.upstream, self.status = upstream, status
         self.kind = kind_of_error(self.type, status)
@@ -1325,10 +1267,7 @@ class UpstreamError(Exception):
 
 
 def retry_after(headers: Any) -> float:
-    """Return seconds from Retry-After, a number or date (RFC 9110, 10.2.3), or Threat Stack's own.
-
-    `x-rate-limit-reset` is in milliseconds.
-    """
+    """Return seconds from Retry-After (RFC 9110, 10.2.3), or x-rate-limit-reset (milliseconds)."""
     after, reset = headers.get("retry-after", ""), headers.get("x-rate-limit-reset", "")
     pauses = [0.0, -(skew_of(after) or 0.0)]
     for text, unit in ((after, 1), (reset, 1000)):
@@ -1373,7 +1312,7 @@ class CircuitBreaker:
 
     name = "upstream"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config):
         self.config = config
         self.date: str | None = None  # HTTP's Date of the last answer
         self.error = partial(UpstreamError, self.name)
@@ -1444,7 +1383,6 @@ class CircuitBreaker:
 
 # --------------------------------------------------------------------------------------------------
 # Threat Stack
-# --------------------------------------------------------------------------------------------------
 
 
 class AnyStatus(HTTPErrorProcessor):
@@ -1458,10 +1396,7 @@ class AnyStatus(HTTPErrorProcessor):
 
 
 def hawk(config: Config, target: str) -> str:
-    """Return the `Authorization` of one GET, signed by Hawk 1; there is no body and no hash of one.
-
-    Source: https://github.com/mozilla/hawk/blob/main/API.md
-    """
+    """Return one GET's `Authorization`. Source: https://github.com/mozilla/hawk/blob/main/API.md"""
     parts = urlsplit(target)
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     path = target.split("/", 3)[3]
@@ -1469,16 +1404,11 @@ def hawk(config: Config, target: str) -> str:
     text = f"hawk.1.header\n{now}\n{nonce}\nGET\n/{path}\n{parts.hostname}\n{port}\n\n{ext}\n"
     digest = hmac.digest(config.api_key.encode(), text.encode(), "sha256")
     mac = b64encode(digest).decode()
-    return (
-        f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{mac}"'
-    )
+    return f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{mac}"'
 
 
 def is_expected(body: bytes, path: str, id_: str | None) -> bool:
-    """Return whether a body is JSON of the kind that `path` has, and not an error in disguise.
-
-    With `id_` it is that alert's detail. Raises Malformed.
-    """
+    """Return whether a body is what `path` has, with `id_` that alert's. Raises Malformed."""
     _, value = read_json(body)
     if isinstance(value, list):
         return id_ is None
@@ -1491,21 +1421,13 @@ def is_expected(body: bytes, path: str, id_: str | None) -> bool:
 
 
 class ThreatStack(CircuitBreaker):
-    """Threat Stack's REST API: v1 with `auth = key`, v2 with `hawk`. Methods are thread-safe.
-
-    Source: https://apidocs.threatstack.com
-    """
+    """Threat Stack's API, v1 or v2. Methods are thread-safe. https://apidocs.threatstack.com"""
 
     name = "threatstack"
     MAX_BODY = 8 << 20  # bytes of an answer
-    CAUSES = {
-        401: "unauthorized",
-        403: "forbidden",
-        404: "not_found",
-        429: "rate_limited",
-    }
+    CAUSES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 429: "rate_limited"}
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config):
         super().__init__(config)
         # Proxies are those of the environment. This reads the system's certificates.
         https = HTTPSHandler(context=ssl.create_default_context())
@@ -1559,10 +1481,7 @@ class ThreatStack(CircuitBreaker):
         return body
 
     def _read(self, response: Any, deadline: float) -> bytes:
-        """Return an answer's body, read until `deadline` (monotonic clock).
-
-        Raises UpstreamError, OSError, HTTPException.
-        """
+        """Return the body, read until `deadline`. Raises UpstreamError, OSError, HTTPException."""
         body = bytearray()
         while piece := response.read1(65536):
             body += piece
@@ -1576,21 +1495,21 @@ class ThreatStack(CircuitBreaker):
 
     def list(self, path: str) -> tuple[str, str]:
         """Return a page of alerts, a JSON list, and the next page's token. Raises UpstreamError."""
+        v2, token = self.config.auth == "hawk", ""
         try:
             text, value = read_json(self.get(path))
         except UpstreamError as error:
-            if error.status == 404 and self.config.auth == "hawk":  # v2's empty list
+            if v2 and error.status == 404:  # its empty list
                 return "[]", ""
             raise
-        token: Any = ""
-        if self.config.auth == "hawk":
+        if v2:
             members = dict(value) if isinstance(value, tuple) else {}
             token, value = members.get("token") or "", members.get("alerts", "")
-        if value is not None and not isinstance(value, list):
+        if not isinstance(value, list | None):
             raise self.error("bad_answer", "the list of alerts is not a list")
         if not value:
             text = "[]"
-        elif self.config.auth == "hawk":
+        elif v2:
             text = literal_of(text, "alerts")
         return text, f"{token:.0f}" if isinstance(token, float) else token
 
@@ -1610,7 +1529,6 @@ class ThreatStack(CircuitBreaker):
 
 # --------------------------------------------------------------------------------------------------
 # S3
-# --------------------------------------------------------------------------------------------------
 
 
 def without_expect(request: Any, **_: Any) -> None:
@@ -1626,7 +1544,7 @@ class S3(CircuitBreaker):
 
     name = "s3"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config):
         super().__init__(config)
         self.endpoint = config.endpoint_url or "https://s3.amazonaws.com"
         self._client: Any = None
@@ -1652,9 +1570,9 @@ class S3(CircuitBreaker):
                 # Jobs are retried by the queue.
                 retries={"mode": "standard", "total_max_attempts": 2},
             )
-            session = boto3.session.Session(region_name=self.config.region)
+            session = boto3.session.Session(region_name=self.config.region or None)
             client = session.client(
-                "s3", endpoint_url=self.config.endpoint_url, config=options
+                "s3", endpoint_url=self.config.endpoint_url or None, config=options
             )
         except (AttributeError, ImportError, ValueError) as error:
             # Not an outage: what was imported by half stays so until a restart.
@@ -1682,7 +1600,7 @@ class S3(CircuitBreaker):
         from botocore.validate import ParamValidationError, validate_parameters
 
         shape = client.meta.service_model.operation_model("PutObject").input_shape
-        parsers: Json = {"boolean": boolean, "integer": int, "map": loads}
+        parsers: Json = {"boolean": partial(parse, "boolean"), "integer": int, "map": loads}
         extra: Json = {}
         for name, text in self.config.put_object.items():
             where = f"{self.config.file}: [{PUT_OBJECT}] {name}"
@@ -1704,18 +1622,19 @@ class S3(CircuitBreaker):
         """Return the key of an object, under the prefix."""
         return f"{self.config.prefix}/{name}".lstrip("/")
 
-    def put(self, name: str, body: bytes, content_type: str = "application/json") -> None:
+    def put(self, name: str, body: bytes) -> None:
         """Put an object. Raises ConfigError, UpstreamError.
 
         With `IfNoneMatch = *` an object that exists stays as it is.
         """
         client, parameters = self.client()
+        kind = "octet-stream" if name.startswith("rejected/") else "json"
         answer = self._call(
             client.put_object,
             412 if "IfNoneMatch" in parameters else None,
             Key=self.key(name),
             Body=body,
-            ContentType=content_type,
+            ContentType=f"application/{kind}",
             ChecksumAlgorithm="SHA256",  # Object Lock demands this header too
             ChecksumSHA256=b64encode(sha256(body).digest()).decode(),
             **parameters,
@@ -1733,10 +1652,7 @@ class S3(CircuitBreaker):
         return self._call(client.head_object, 404, Key=self.key(name), **keys) is not None
 
     def _call(self, function: Any, expected: int | None, **parameters: Any) -> Any:
-        """Call boto3 for the bucket; return the answer, or None for an expected status.
-
-        Raises UpstreamError.
-        """
+        """Call boto3; return the answer, or None for an expected status. Raises UpstreamError."""
         try:
             answer = function(Bucket=self.config.bucket, **parameters)
         except Exception as error:  # boto3's exceptions have no common class
@@ -1788,9 +1704,7 @@ class S3(CircuitBreaker):
             raise self.error("NoCredentialsError", f"boto3 finds no credentials{proxy}")
         text = f"boto3 finds them: {found.method}"
         if found.method == "custom-process":
-            text += (
-                ". The service runs programs below /usr only: put credential_process there"
-            )
+            text += ". The service runs programs below /usr only: put credential_process there"
         return text
 
     def check(self) -> str:
@@ -1802,7 +1716,6 @@ class S3(CircuitBreaker):
 
 # --------------------------------------------------------------------------------------------------
 # Archiver: takes jobs from the queue and puts their objects into S3
-# --------------------------------------------------------------------------------------------------
 
 NOT_FOUND = "threatstack_not_found"
 NOT_FOUND_LIMIT = 3600.0  # seconds for which the API may lag behind the webhook
@@ -1832,14 +1745,14 @@ class Archiver:
     an API that hangs does not hold up webhooks. The next steps are the detail pool's: "events"
     (only Hawk has some) and "alerts", the detail. Then the job is done, and is deleted. A step
     decides the job's lane (`Job.lane`, also a column), and each lane belongs to one pool. A new
-    kind of object is put by `_archive` or `_put_detail`, under a key of `name_of`.
+    kind of object is put by `_archive`, under a key of `name_of`.
 
     After an error `_put_off` retries the job later. An alert that the API does not know (404) for
     an hour, or that fails for give_up_after while others succeed, is marked failed. It stays in
     the queue, and `ts3d retry` retries it.
     """
 
-    def __init__(self, config: Config, queue_: Queue) -> None:
+    def __init__(self, config: Config, queue_: Queue):
         self.config, self.queue = config, queue_
         self.threatstack, self.s3 = ThreatStack(config), S3(config)
         self.upstreams = (self.s3, self.threatstack)
@@ -1850,7 +1763,6 @@ class Archiver:
         )
         self.wake = Event()  # there may be a job to dispatch
         self.stopping = False
-        self.fatal: Exception | None = None  # what ends the process
         self.threads: list[Thread] = []
         self._waiting: dict[int, Future[None]] = {}  # by job for which answers wait
 
@@ -1871,25 +1783,23 @@ class Archiver:
         for thread in self.threads:
             thread.join(max(0.0, deadline - monotonic()))
 
-    def wait(self, numbers: list[int]) -> dict[int, Json | None]:
-        """Wait for these jobs, at most [server] wait; return the errors of those not archived.
+    def wait_until_archived(self, jobs: list[Job]) -> None:
+        """Wait for these jobs, at most [server] wait; set `done`, or the error that they wait for.
 
         Waits no longer once an upstream is unavailable.
         """
         # A dict's methods are atomic. A future that was taken out is resolved once.
-        waiting = {number: self._waiting.setdefault(number, Future()) for number in numbers}
-        queued = dict.fromkeys(numbers)
+        waiting = {job.number: self._waiting.setdefault(job.number, Future()) for job in jobs}
         with suppress(QueueError):  # they are on disk: that is what the answer says
-            queued = self.queue.errors(numbers)  # some may be archived already
+            self.queue.refresh(jobs)  # some may be archived already
             if self.config.workers and not self.stopping and not self.problem():
-                wait_for([waiting[number] for number in queued], self.config.wait)
-                queued = self.queue.errors(queued)
+                wait([waiting[job.number] for job in jobs if not job.done], self.config.wait)
+                self.queue.refresh(jobs)
         problem = self.problem()
-        for number in numbers:
-            self._waiting.pop(number, None)
-            if problem and number in queued:
-                queued[number] = queued[number] or error_json(problem.type, str(problem))
-        return queued
+        for job in jobs:
+            self._waiting.pop(job.number, None)
+            if problem and not job.error_type:
+                job.error_type, job.error_message = problem.type, str(problem)
 
     def stop_waiting(self, *numbers: int) -> None:
         """Have answers wait no longer for these jobs, or for any."""
@@ -1904,12 +1814,8 @@ class Archiver:
     def _dispatch(self) -> None:
         """Give due jobs to the pools. The dispatcher thread."""
         expect_progress_within(LONGEST_CALL)  # credentials may come from another server
-        try:
+        with suppress(UpstreamError):  # the first job finds it again
             self.s3.client()  # imports boto3, while webhooks are answered already
-        except ConfigError as error:
-            self.fatal = error
-        except UpstreamError:
-            pass  # the first job finds it again
         while not self.stopping:
             expect_progress_within(LONGEST_TURN)
             self.wake.clear()
@@ -1940,8 +1846,8 @@ class Archiver:
             try:
                 if job.probe or not any(upstream.open_for for upstream in pool.upstreams):
                     self._archive(job)
-            except ConfigError as error:
-                self.fatal = error
+            except ConfigError:
+                raise
             except UpstreamError as error:
                 self._put_off(job, error)
             except Exception as error:  # a bug, or a disk that fails; this thread goes on
@@ -1956,20 +1862,32 @@ class Archiver:
             expect_progress_within(inf)  # until the next job
 
     def _archive(self, job: Job) -> None:
-        """Put the objects of the job's next steps into S3.
+        """Put the objects of the job's next steps into S3, as far as its pool does them.
 
-        Raises ConfigError, UpstreamError, QueueError.
+        The detail comes last: if it exists, all of its alert does. Raises ConfigError,
+        UpstreamError, QueueError.
         """
+        get = partial(self.threatstack.call, self.threatstack.get)
+        put = partial(self.s3.call, self.s3.put)
         kinds, rejected = [job.source], job.source == "rejected"
         if job.step == job.source:
-            content_type = "application/octet-stream" if rejected else "application/json"
             (row,) = self.queue.read("SELECT body FROM jobs WHERE number = ?", job.number)
-            self.s3.call(self.s3.put, name_of(job.source, job), row["body"], content_type)
+            put(name_of(job.source, job), row["body"])
             job.step, job.error_type = "events", None
             if not rejected:
                 return
         else:
-            kinds += self._put_detail(job)
+            if job.step == "events" and self.config.auth == "hawk" and self.config.events:
+                try:
+                    put(name_of("events", job), get(f"/alerts/{job.id}/events"))
+                    job.step, job.error_type = "alerts", None
+                except UpstreamError as error:
+                    if error.type != NOT_FOUND:
+                        raise
+                    # If the API lags, the detail is missing too, and both are asked for again.
+                    warning("the API has no events of this alert", id=job.id)
+            put(name_of("alerts", job), get(f"/alerts/{job.id}", job.id))
+            kinds += ["events", "alerts"] if job.step == "alerts" else ["alerts"]
         job.done = True
         age = max(0.0, time() - job.received)
         if not rejected:
@@ -1978,27 +1896,6 @@ class Archiver:
             add("ts3d_archive_seconds_count")
         keys = ",".join(self.s3.key(name_of(kind, job)) for kind in kinds)
         info("archived", id=job.id, tries=job.tries + 1, seconds=age, keys=keys)
-
-    def _put_detail(self, job: Job) -> list[str]:
-        """Put an alert's detail, with Hawk its events before; return the kinds of its objects.
-
-        The detail comes last: if it exists, all of its alert does. Raises ConfigError,
-        UpstreamError.
-        """
-        get = partial(self.threatstack.call, self.threatstack.get)
-        if job.step == "events" and self.config.auth == "hawk" and self.config.events:
-            try:
-                events = get(f"/alerts/{job.id}/events")
-                self.s3.call(self.s3.put, name_of("events", job), events)
-                job.step, job.error_type = "alerts", None
-            except UpstreamError as error:
-                if error.type != NOT_FOUND:
-                    raise
-                # If the API lags, the detail is missing too, and both are asked for again.
-                warning("the API has no events of this alert", id=job.id)
-        detail = get(f"/alerts/{job.id}", job.id)
-        self.s3.call(self.s3.put, name_of("alerts", job), detail)
-        return ["events", "alerts"] if job.step == "alerts" else ["alerts"]
 
     def _put_off(self, job: Job, error: UpstreamError) -> None:
         """Have a job retried later, or mark it failed."""
@@ -2034,7 +1931,6 @@ class Archiver:
 
 # --------------------------------------------------------------------------------------------------
 # HTTP server
-# --------------------------------------------------------------------------------------------------
 
 WEBHOOKS = "/api/v1/s3/alert"
 SMALL_BODY = 64 << 10  # bytes; of other bodies at most eight are read and parsed at once
@@ -2078,7 +1974,7 @@ class Server:
     MAX_TAKEN jobs in memory.
     """
 
-    def __init__(self, config: Config, archiver: Archiver) -> None:
+    def __init__(self, config: Config, archiver: Archiver):
         self.config, self.archiver, self.queue = config, archiver, archiver.queue
         self.stopping = False
         self._phases: dict[Any, tuple[str, float]] = {}  # by connection; since when
@@ -2176,16 +2072,12 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     server: Server  # type: ignore[assignment]
-    rfile: io.BufferedReader
+    rfile: Any
     client_address: Any
 
     def handle_one_request(self) -> None:
         """Read a request, do what it asks, log it, answer it. Raises OSError."""
-        functions = {
-            WEBHOOKS: self.webhook,
-            "/healthz": self.health,
-            "/metrics": self.metrics,
-        }
+        functions = {WEBHOOKS: self.webhook, "/healthz": self.health, "/metrics": self.metrics}
         self.close_connection = self.unread = True  # more of this request may come
         self.command = self.path = self.target = "-"
         self.fields: Json = defaultdict(str)
@@ -2195,12 +2087,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.id, self.started = secrets.token_hex(8), monotonic()
         self.server.enter(self.request, "receiving")
-        status, headers = 200, list[str]()
+        status, headers = 200, [""]
         try:
             self.read_head()
             if self.target not in functions:
-                text = f"wrong path. Send webhooks to {WEBHOOKS}"
-                raise Refusal(404, "not_found", text)
+                raise Refusal(404, "not_found", f"wrong path. Send webhooks to {WEBHOOKS}")
             allow = "POST" if self.target == WEBHOOKS else "GET, HEAD"
             if self.command not in allow.split(", "):
                 text = f"wrong method. Use {allow}"
@@ -2208,7 +2099,7 @@ class Handler(BaseHTTPRequestHandler):
             functions[self.target]()
         except Exception as error:  # also a bug is answered
             status, type_, text, *headers = self.refusal(error).args
-            self.payload["error"] = error_json(type_, text)
+            self.payload["error"] = {"type": type_, "message": text}
             self.notes["error"] = text
         self.log_answer(status)
         if status:
@@ -2218,19 +2109,16 @@ class Handler(BaseHTTPRequestHandler):
         """Return how a request is refused after an error; status 0: the client is gone."""
         if isinstance(error, Refusal):
             return error
-        if isinstance(
-            error, QueueError
-        ):  # the alerts may not be on disk, and must come again
+        if isinstance(error, QueueError):  # the alerts may not be on disk, and must come again
             return Refusal(503, "queue_unavailable", str(error), "Retry-After: 10\r\n")
         if not isinstance(error, OSError):
             # A bug too is answered, and the daemon goes on.
             log_error(explain(error), request=self.id)
-            text = f"internal error. Search the log for {self.id}, report it"
-            return Refusal(500, "internal", text)
-        if monotonic() - self.started > self.server.config.request_timeout:
-            text = (
-                "the request did not arrive within [server] request_timeout. Send it faster"
+            return Refusal(
+                500, "internal", f"internal error. Search the log for {self.id}, report it"
             )
+        if monotonic() - self.started > self.server.config.request_timeout:
+            text = "the request did not arrive within [server] request_timeout. Send it faster"
             return Refusal(408, "timeout", text)
         self.close_connection = True
         return Refusal(0, "gone", str(error))
@@ -2273,9 +2161,7 @@ class Handler(BaseHTTPRequestHandler):
         self.chunked = "transfer-encoding" in fields
         wrong = minor == "0" or "content-length" in fields
         if self.chunked and (wrong or fields["transfer-encoding"].lower() != "chunked"):
-            raise self.malformed(
-                "Transfer-Encoding must be `chunked`, without Content-Length"
-            )
+            raise self.malformed("Transfer-Encoding must be `chunked`, without Content-Length")
         if not fullmatch("[0-9]{1,15}", length):
             raise self.malformed("Content-Length must be one number")
         self.length = int(length)
@@ -2303,8 +2189,11 @@ class Handler(BaseHTTPRequestHandler):
         line = self.rfile.readline(self.left)
         self.left -= max(len(line), LINE_BYTES)
         if self.left <= 0:
-            text = f"over {HEAD_BYTES} bytes or 100 lines of headers. Send fewer"
-            raise Refusal(431, "head_too_large", text)
+            raise Refusal(
+                431,
+                "head_too_large",
+                f"over {HEAD_BYTES} bytes or 100 lines of headers. Send fewer",
+            )
         if match := pattern.fullmatch(line.decode("latin-1")):
             return match.groups()
         if line.endswith(b"\n"):
@@ -2343,39 +2232,30 @@ class Handler(BaseHTTPRequestHandler):
     def authorize(self, option: str) -> None:
         """Raise Refusal unless the request presents one of these tokens. Source: RFC 6750."""
         query = self.path.partition("?")[2].replace("+", "%2B")  # a token may contain `+`
-        presented = parse_qs(query, encoding="latin-1").get("token", [])
+        presented = parse_qs(query).get("token", [])
         presented += re.findall("(?i)^bearer +(.*)", self.fields["authorization"])
-        tokens = (getattr(self.server.config, option) or "").split()
+        tokens = getattr(self.server.config, option).split()
         pairs = itertools.product(tokens, presented)  # all are compared, in constant time
-        if not any([hmac.compare_digest(a.encode(), b.encode("latin-1")) for a, b in pairs]):
-            text = (
-                f"present [server] {option} as Authorization: Bearer TOKEN or as ?token=TOKEN"
-            )
-            scheme = 'WWW-Authenticate: Bearer realm="ts3d"\r\n'
-            raise Refusal(401, "unauthorized", text, scheme)
+        if not any([hmac.compare_digest(a.encode(), b.encode()) for a, b in pairs]):
+            text = f"present [server] {option} as Authorization: Bearer TOKEN or as ?token=TOKEN"
+            raise Refusal(401, "unauthorized", text, 'WWW-Authenticate: Bearer realm="ts3d"\r\n')
 
     def webhook(self) -> None:
-        """Queue a webhook's alerts; answer their states, in the webhook's order.
-
-        Raises Refusal, QueueError, OSError.
-        """
+        """Queue a webhook's alerts; answer their states. Raises Refusal, QueueError, OSError."""
         if self.server.config.webhook_token:
             self.authorize("webhook_token")
         large = self.chunked or self.length > SMALL_BODY
         with LARGE_BODIES if large else nullcontext():
             alerts, refusal = self.acknowledge()  # they have no bodies while they wait for S3
-        errors = self.server.archiver.wait([a.number for a in alerts if isinstance(a, Job)])
-        self.payload["alerts"] = [state_of(alert, errors) for alert in alerts]
+        self.server.archiver.wait_until_archived([alert for alert in alerts if alert.number])
+        self.payload["alerts"] = [state_of(alert) for alert in alerts]
         if refusal:
             raise refusal
 
-    def acknowledge(self) -> tuple[list[Job | Malformed], Refusal | None]:
-        """Put a webhook on disk; return its alerts, and its refusal if none is valid.
-
-        Raises Refusal, QueueError, OSError.
-        """
+    def acknowledge(self) -> tuple[list[Job], Refusal | None]:
+        """Put a webhook on disk; return alerts and refusal. Raises Refusal, QueueError, OSError."""
         body, refusal = self.read_body(), None
-        alerts: list[Job | Malformed] = []
+        alerts: list[Job] = []
         coding = self.fields["content-encoding"].lower()
         if coding in ("", "identity"):
             try:
@@ -2385,19 +2265,18 @@ class Handler(BaseHTTPRequestHandler):
                 text = f'{error}. Send {{"alerts": [ALERT, …]}}. {KEPT}'
                 refusal = Refusal(400, "malformed_webhook", text)
         else:
-            text = (
-                f"Content-Encoding: {coding} is not supported. Send the body as it is. {KEPT}"
-            )
+            text = f"Content-Encoding: {coding} is not supported. Send the body as it is. {KEPT}"
             refusal = Refusal(415, "unsupported_encoding", text)
-        jobs = [alert for alert in alerts if isinstance(alert, Job)]
-        invalid = [INVALID.format(alert) for alert in alerts if isinstance(alert, Malformed)]
-        accepted, rejected = len(jobs), len(invalid)
+        jobs = [alert for alert in alerts if not alert.error_type]
+        accepted, rejected = len(jobs), len(alerts) - len(jobs)
         self.notes |= {"bytes": len(body), "alerts": accepted, "rejected": rejected}
-        if invalid:
-            self.notes["error"] = invalid[-1]
-        if invalid and not jobs:
-            refusal = Refusal(400, "invalid_alert", invalid[0])
-        if refusal or invalid:  # nothing that presented the token is lost
+        for alert in alerts:
+            if alert.error_type:
+                alert.body, alert.error_message = b"", INVALID.format(alert.error_message)
+                self.notes["error"] = alert.error_message
+        if rejected and not jobs:
+            refusal = Refusal(400, "invalid_alert", alerts[0].error_message)
+        if refusal or rejected:  # nothing that presented the token is lost
             digest = self.notes["kept"] = sha256(body).hexdigest()
             jobs.append(Job(digest, minute_of(time()), "rejected", "rejected", body))
         self.server.queue.put(jobs)
@@ -2427,10 +2306,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.queue.require_writable()
 
     def answer(self, status: int, headers: str = "") -> None:
-        """Send the answer; if the client may still be sending, let it read the answer first.
-
-        Raises OSError.
-        """
+        """Send the answer; let a client that is still sending read it first. Raises OSError."""
         kind, text = "text/plain; version=0.0.4; charset=utf-8", self.payload
         if not isinstance(text, str):
             kind, text = "application/json", dumps({"success": status == 200, **text})
@@ -2455,16 +2331,13 @@ class Handler(BaseHTTPRequestHandler):
                 pass
 
 
-def state_of(alert: Job | Malformed, errors: dict[int, Json | None]) -> Json:
-    """Return an alert's state for the answer; `errors` has the jobs that are not archived."""
-    if isinstance(alert, Malformed):
-        invalid = error_json("invalid_alert", INVALID.format(alert))
-        return {"id": alert.id, "state": "rejected", "error": invalid}
-    if alert.number not in errors:
-        return {"id": alert.id, "state": "archived"}
-    state: Json = {"id": alert.id, "state": "queued"}
-    if error := errors[alert.number]:
-        state["error"] = error
+def state_of(alert: Job) -> Json:
+    """Return an alert's state for the answer."""
+    state: Json = {"id": alert.id or None, "state": "queued" if alert.number else "rejected"}
+    if alert.done:
+        state["state"] = "archived"
+    elif alert.error_type:
+        state["error"] = {"type": alert.error_type, "message": alert.error_message}
     return state
 
 
@@ -2474,10 +2347,7 @@ def is_local(ip: str) -> bool:
 
 
 def listen(config: Config) -> list[socket.socket]:
-    """Return the sockets to accept connections from: systemd's (sd_listen_fds(3)), or one.
-
-    Raises ConfigError.
-    """
+    """Return systemd's sockets (sd_listen_fds(3)), or else a new one. Raises ConfigError."""
     where = f"{config.file}: [server] listen = {config.listen}"
     host, _, port = config.listen.rpartition(":")
     ipv6, passed = ":" in host, 0
@@ -2495,9 +2365,7 @@ def listen(config: Config) -> list[socket.socket]:
         raise ConfigError(f"{where}: {error}. {text}") from None
     for sock in sockets:
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError(
-                "systemd's socket does not listen. Use ListenStream= and Accept=no"
-            )
+            raise ConfigError("systemd's socket does not listen. Use ListenStream= and Accept=no")
         local = sock.family == socket.AF_UNIX or is_local(sock.getsockname()[0])
         if not (local or config.webhook_token):
             raise ConfigError(
@@ -2523,7 +2391,6 @@ def url_of(sock: socket.socket, scheme: str) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Threads and systemd
-# --------------------------------------------------------------------------------------------------
 
 LONGEST_TURN = 20.0  # seconds of a thread's turn without a call of an upstream
 LONGEST_CALL = 600.0  # seconds of one with calls, beside Threat Stack's time-out
@@ -2536,9 +2403,22 @@ def expect_progress_within(limit: float) -> None:
     PROGRESS_BY[current_thread().name] = monotonic() + limit
 
 
+FATAL: list[Exception] = []  # what ends the process
+
+
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> Thread:
-    """Start a thread that does not keep the process from ending."""
-    thread = Thread(target=target, args=args, name=name, daemon=True)
+    """Start a thread that does not keep the process from ending; its own end by an error does."""
+
+    def run() -> None:
+        try:
+            target(*args)
+        except ConfigError as error:
+            FATAL.append(error)
+        except BaseException as error:
+            text = f"thread {name} ended: {error!r}. A restart continues its work"
+            FATAL.append(RuntimeError(text))
+
+    thread = Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
 
@@ -2553,7 +2433,6 @@ def notify(text: str) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Commands
-# --------------------------------------------------------------------------------------------------
 
 BACKFILL_QUEUED = 1000  # queued alerts with which backfill waits
 BACKFILL_PATIENCE = 600.0  # seconds without progress after which backfill ends
@@ -2568,7 +2447,6 @@ def require_upstreams(config: Config) -> None:
     require(config, "bucket", "api_key")
     if config.auth == "hawk":
         require(config, "user_id", "organization_id")
-
     file = join(config.secrets, "aws_credentials")
     # Even if it is empty: commands run by hand must find no other credentials than the service.
     if exists(file):
@@ -2602,35 +2480,32 @@ def serve(config: Config) -> int:
     place = f"{config.endpoint_url} {config.bucket}/{config.prefix}"
     queue_ = Queue(config.path, config.max_size, place)
     archiver = Archiver(config, queue_)
-    server, threads, urls = Server(config, archiver), [queue_.writer], []
+    server, threads, urls = Server(config, archiver), [], []
     for sock in listen(config):
         threads.append(start_thread(f"acceptor-{sock.fileno()}", server.accept, sock))
         urls.append(url_of(sock, "https" if config.tls else "http"))
-    listening = f"ts3d {VERSION} listens on {','.join(urls)}"
-    info(listening, queue=config.path, bucket=config.bucket)
+    info(f"ts3d {VERSION} listens on {','.join(urls)}", queue=config.path, bucket=config.bucket)
     if not config.webhook_token:
         warning("[server] webhook_token is not set: every local user can post alerts")
     notify("READY=1")  # before boto3 is imported, which takes longer than all the rest
     archiver.start()
     try:
-        supervise(signals, queue_, archiver, threads + archiver.threads)
+        supervise(signals, queue_, archiver)
     finally:
         deadline = monotonic() + 7  # a stop takes 10 s at most
         server.stopping = archiver.stopping = True
         archiver.stop_waiting()
         notify("STOPPING=1\nSTATUS=stopping")
         info("stopping")
-        for thread in threads[1:]:
+        for thread in threads:
             thread.join(1)  # an acceptor may have accepted one more connection
         server.stop(deadline)
         archiver.stop(deadline)
-        queue_.close(3)
+        queue_.close()
     return 0
 
 
-def supervise(
-    signals: list[int], queue_: Queue, archiver: Archiver, threads: list[Thread]
-) -> None:
+def supervise(signals: list[int], queue_: Queue, archiver: Archiver) -> None:
     """Watch the other threads until a signal ends the daemon. Raises what else ends it.
 
     systemd ends it if it misses `WATCHDOG=1` for WatchdogSec=. Source: sd_watchdog_enabled(3).
@@ -2642,13 +2517,8 @@ def supervise(
             if signals.pop() != signal.SIGHUP:
                 return
             warning("SIGHUP ignored: there is no reload. Use systemctl restart ts3d")
-        for thread in threads:
-            if not thread.is_alive():
-                raise RuntimeError(
-                    f"thread {thread.name} ended. A restart continues its work"
-                )
-        if fatal := queue_.fatal or archiver.fatal:
-            raise fatal
+        if FATAL:
+            raise FATAL[0]
         now = monotonic()
         late = [name for name, by in PROGRESS_BY.copy().items() if by < now]
         if late != late_before:
@@ -2720,9 +2590,7 @@ def check_queue(config: Config) -> str:
             return f"{config.path} can be created"
     with open_queue(config) as queue_:
         queue_.require_writable()
-        return (
-            f"{config.path}: {queue_.facts['queued']} queued, {queue_.facts['failed']} failed"
-        )
+        return f"{config.path}: {queue_.facts['queued']} queued, {queue_.facts['failed']} failed"
 
 
 def check_clock(*dates: str | None) -> str:
@@ -2749,8 +2617,8 @@ def status(config: Config, failed: bool, as_json: bool) -> int:
     configuration.
     """
     with open_queue(config) as queue_:
-        causes, facts = queue_.problems(), queue_.facts
-        report: Json = {"running": running(config.path), **facts, "causes": causes}
+        report: Json = {"running": running(config.path), **queue_.facts}
+        report["causes"] = queue_.problems()
         if failed:
             report["failures"] = [loads(row[0]) for row in queue_.read(Queue.FAILED)]
     if as_json:
@@ -2761,7 +2629,7 @@ def status(config: Config, failed: bool, as_json: bool) -> int:
             say("    {type}: {message}".format_map(alert["error"]))
     else:
         show_status(report, config.path)
-    return int(bool(causes))
+    return int(bool(report["causes"]))
 
 
 def show_status(report: Json, path: str) -> None:
@@ -2809,7 +2677,7 @@ def retry(config: Config, ids: list[str]) -> int:
 def time_argument(text: str) -> float:
     """Return the seconds since the epoch of a time, date or age. Raises ArgumentTypeError."""
     if match := fullmatch("([0-9]{1,5})([smhd])", text):
-        return time() - int(match[1]) * TIME[match[2]]
+        return time() - int(match[1]) * UNITS["seconds"][match[2]]
     try:
         if "-" not in text:
             raise ValueError("is not a time such as 2026-11-24T18:00:00Z")
@@ -2829,12 +2697,8 @@ def backfill(config: Config, since: float | None, until: float | None) -> int:
     require_upstreams(config)
     # What ends a run loses nothing: what it queued is on disk, and the next run finds the rest.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    threatstack, s3, counts, how = (
-        ThreatStack(config),
-        S3(config),
-        Counter[str](),
-        " failed",
-    )
+    threatstack, s3 = ThreatStack(config), S3(config)
+    counts, how = Counter[str](), " failed"
     now = time()
     begin, end = since, min(until or now, now)  # one end for all pages
     try:
@@ -2856,8 +2720,7 @@ def backfill(config: Config, since: float | None, until: float | None) -> int:
         how = ""
     finally:
         show_progress("")
-        summary = SUMMARY.format_map(counts)
-        print(f"backfill{how}: {summary}")
+        print(f"backfill{how}: {SUMMARY.format_map(counts)}")
     return min(counts["invalid"], 1)
 
 
@@ -2914,28 +2777,24 @@ def wait_for_room(queue_: Queue) -> None:
 
 def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> None:
     """Queue those of a page's alerts that S3 lacks. Raises QueueError, UpstreamError."""
-    jobs = {}
+    alerts, missing = list(literals(page)), []
+    counts["listed"] += len(alerts)
     time_name = "createdAt" if s3.config.auth == "hawk" else "created_at"
-    for value, literal in literals(page):
-        counts["listed"] += 1
-        place = f"alerts[{counts['listed']}]"
-        job = read_alert(literal, value, place, time_name, "backfill")
-        if isinstance(job, Malformed):
-            log_error("backfill: invalid alert", id=job.id, error=job)
-            # The time is only for the key, and the API has this alert's detail.
-            minute = minute_of(time())
-            job = Job(job.id or "", minute, "backfill", "backfill", literal.encode())
-        if ALERT_ID.fullmatch(job.id):
-            jobs[job.id] = job
-        else:
+    for i, (value, literal) in enumerate(alerts):
+        job = read_alert(literal, value, f"alerts[{i}]", time_name, "backfill")
+        if job.error_type:  # perhaps its time, which is only for the key: the API has the detail
+            log_error("backfill: invalid alert", id=job.id, error=job.error_message)
+        # In this order: an alert that leaves the queue in between is in S3.
+        if not ALERT_ID.fullmatch(job.id):
             counts["invalid"] += 1
-    # In this order: an alert that leaves the queue in between is in S3.
-    queued = {row["id"] for row in queue_.read(Queue.QUEUED, dumps(list(jobs)))}
-    others = [job for id_, job in jobs.items() if id_ not in queued]
-    missing = [job for job in others if not insist(s3.exists, name_of("alerts", job))]
+        elif queue_.read(Queue.QUEUED, job.id):
+            counts["waiting"] += 1
+        elif insist(s3.exists, name_of("alerts", job)):
+            counts["archived"] += 1
+        else:
+            missing.append(job)
     queue_.put(missing)
-    waiting, archived = len(jobs) - len(others), len(others) - len(missing)
-    counts.update(waiting=waiting, archived=archived, queued=len(missing))
+    counts["queued"] += len(missing)
 
 
 def show_progress(text: str) -> None:
@@ -2955,9 +2814,7 @@ end of the last complete run, at first 24 hours ago"""
 def parse_arguments(arguments: list[str] | None) -> Json:
     """Return the command, the configuration's path, and the command's own arguments."""
     option = ArgumentParser(add_help=False)  # before the command and after it
-    text = (
-        f"configuration file; default: {CONFIG_FILES[0]}, else ts3d.conf beside the program"
-    )
+    text = "configuration file; default: /etc/ts3d/ts3d.conf, else ts3d.conf beside the program"
     option.add_argument("-c", "--config", metavar="FILE", default=SUPPRESS, help=text)
     parser = ArgumentParser("ts3d", description=DESCRIPTION, parents=[option])
     boto3 = "missing"
@@ -2980,13 +2837,7 @@ def parse_arguments(arguments: list[str] | None) -> Json:
         if run is retry:
             add("ids", metavar="ID", nargs="*", help="default: all failed alerts")
         if run is backfill:
-            add(
-                "--from",
-                dest="since",
-                metavar="T",
-                type=time_argument,
-                help=BACKFILL_FROM,
-            )
+            add("--from", dest="since", metavar="T", type=time_argument, help=BACKFILL_FROM)
             add("--until", metavar="T", type=time_argument, help="the same; default: now")
     return vars(parser.parse_args(arguments))
 

@@ -263,7 +263,7 @@ n = 0
 while time.monotonic() < ends:
     new = ts3d.Job(f"beside-{n:06}", "2017/01/17/13/51", "webhooks", "webhooks", b'{"id": "beside-%06d"}' % n)
     queue.put([new])
-    queue.problems(), queue.errors([new.number])
+    queue.problems(), queue.refresh([new])
     for _ in range(20):
         queue.retry("none")  # a commit: more jobs than these would take long to archive
     n += 1

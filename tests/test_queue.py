@@ -132,7 +132,13 @@ def test_what_is_queued_with_an_id_is_not_read_whole_for_another_body(queue):
 
 def test_lanes_steps_and_outcomes(queue):
     """A job goes on at its step, behind those that are due earlier; what became of it is seen before it is on disk."""
-    queue.put([job("one"), job("two"), job("three")])
+    put = [job("one"), job("two"), job("three")]
+    queue.put(put)
+
+    def refreshed():
+        queue.refresh(put)
+        return [each.error_message or each.done for each in put]
+
     one, two = queue.take("store", 2)
     assert [(each.id, each.body) for each in (one, two)] == [("one", b""), ("two", b"")], "bodies stay on disk"
     one.step = "alerts"
@@ -144,12 +150,12 @@ def test_lanes_steps_and_outcomes(queue):
     assert queue.take("store", 9) == queue.take("detail", 9) == []
     one.failed, one.error_type, one.error_message = True, "x", "because"
     queue.settle(one)
-    assert queue.errors([1, 2, 3, 4]) == {1: {"type": "x", "message": "because"}, 2: None, 3: None}
+    assert refreshed() == ["because", False, False]
     two.done = True
     queue.settle(two)
-    assert queue.errors([2]) == {}
+    assert refreshed() == ["because", True, False]
     assert committed(queue) == (1, 1)
-    assert queue.errors([1, 2, 3]) == {1: {"type": "x", "message": "because"}, 3: None}
+    assert refreshed() == ["because", True, False]
     assert [queue.retry(name) for name in ("one", "three", "four")] == [1, 0, 0]
     assert committed(queue) == (2, 0)
     assert [each.id for each in queue.take("detail", 9)] == ["one"]
@@ -241,4 +247,4 @@ def test_outcomes_wait_for_a_commit_that_succeeds(queue, monkeypatch):
     queue.settle(two)
     broken[0] = False
     assert committed(queue) == (0, 1)
-    assert queue.fatal is None
+    assert not ts3d.FATAL

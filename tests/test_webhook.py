@@ -133,9 +133,9 @@ def test_a_member_there_twice_is_ambiguous():
         b'{"id": "abcd", "created_at": 0, "\\u0069d": null}',
     ):
         (result,) = ts3d.read_webhook(text)
-        assert str(result) == "id: there twice"
+        assert result.error_message == "id: there twice"
     (result,) = ts3d.read_webhook(b'{"id": "abcd", "created_at": 0, "created\\u005Fat": 0}')
-    assert str(result) == "created_at: there twice"
+    assert result.error_message == "created_at: there twice"
     for name in (b"alerts", b"\\u0061lerts", b"alert\\u0073"):
         with pytest.raises(ts3d.Malformed, match="alerts: there twice"):
             ts3d.read_webhook(b'{"alerts": [], "%s": [1]}' % name)
@@ -169,7 +169,7 @@ def test_escaped_names_and_values_are_read():
 def test_no_webhook_at_all(body):
     with pytest.raises(ts3d.Malformed) as error:
         results = ts3d.read_webhook(body)
-        raise results[0]
+        raise ts3d.Malformed(results[0].error_message)
     assert len(str(error.value)) < 200
 
 
@@ -256,12 +256,12 @@ def test_what_rfc_8259_allows_is_taken_and_kept_byte_for_byte():
         for place in PLACES:
             body = (place % value).encode()
             (result,) = ts3d.read_webhook(body)
-            assert isinstance(result, ts3d.Job), short(value)
+            assert not result.error_type, short(value)
             assert result.body in body, short(value)
             assert value.encode() in result.body or place == PLACES[0], short(value)
             assert result.body[:1] + result.body[-1:] == b"{}"
         results = ts3d.read_webhook(f'{{"alerts": [0, {value}, {{"id": "abcd", "created_at": 0}} ]}}'.encode())
-        assert [result.id for result in results] == [None, None, "abcd"], short(value)
+        assert [result.id for result in results] == ["", "", "abcd"], short(value)
         assert results[2].body == b'{"id": "abcd", "created_at": 0}'
         try:
             ts3d.read_webhook(value.encode())  # JSON, if no webhook
@@ -305,7 +305,7 @@ def test_nesting_is_judged_at_once_wherever_it_is(depth):
             except (ts3d.Malformed, RecursionError) as error:
                 assert depth > 800 and len(str(error)) < 200
             else:
-                assert all(result.body in body for result in results if isinstance(result, ts3d.Job))
+                assert all(result.body in body for result in results)
                 assert depth < 100_000
     assert time.monotonic() - begin < 10
 
@@ -317,7 +317,7 @@ def test_long_numbers_cost_no_more_than_long_strings():
         begin = time.monotonic()
         for place in (*PLACES, '{"id": "abcd", "created_at": %s}', '{"id": %s, "created_at": 0}', '{"alerts": [%s]}'):
             (result,) = ts3d.read_webhook((place % value).encode())
-            assert isinstance(result, ts3d.Job) or len(str(result)) < 200
+            assert len(result.error_message or "") < 200
         assert time.monotonic() - begin < 2
 
 
