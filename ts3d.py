@@ -86,7 +86,7 @@ class ConfigError(RuntimeError):
 
 Json = dict[str, Any]
 PORT = "([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
-KINDS = {  # of values: what they match, and what is said of a value that does not
+KINDS = {  # by kind of value: the pattern that it matches, and how an error names it
     "boolean": ("(?i)yes|no|true|false|on|off|1|0", "yes or no"),
     "address": (
         rf"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):{PORT}",
@@ -116,7 +116,7 @@ KINDS = {  # of values: what they match, and what is said of a value that does n
         "a key prefix. Write it without a slash at either end, empty parts and control characters",
     ),
 }
-UNITS = {  # kinds of numbers
+UNITS = {  # by kind of number
     "seconds": {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400},
     "bytes": {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40},
     "count": {"": 1},
@@ -669,11 +669,11 @@ class Queue:
     """Jobs in a SQLite file.
 
     `put` and `retry` return once their change is on disk: after the commit, with `synchronous =
-    FULL`. What became of a job (`settle`) stays in memory until the next commit that succeeds, so
-    a full disk stops the archive only after MAX_TAKEN jobs. One thread writes (`_write_all`): all
-    that waits is one transaction and one fsync. Dispatcher, workers and HTTP threads read, by
-    `read`; so do commands, which have a writer of their own. A taken job is only remembered in
-    memory: after a crash it is due again.
+    FULL`. What became of a job (`settle`) stays in memory, from which it is taken again, until the
+    next commit that succeeds. So a full disk stops the archive only after MAX_TAKEN jobs. One
+    thread writes (`_write_all`): all that waits is one transaction and one fsync. Dispatcher,
+    workers and HTTP threads read, by `read`; so do commands, which have a writer of their own. A
+    taken job is only remembered in memory: after a crash it is due again.
 
     `facts` for `status --json`, /healthz and /metrics are of the last look, at most a second ago.
     """
@@ -1307,7 +1307,8 @@ class CircuitBreaker:
     `kind_of_error` says which errors open it. While it is open, one job may call the upstream every
     1 to 8 s, or after Retry-After: the probe. It is the job that is due first, and a job that
     failed is due later than others. So one alert that always fails cannot stop the others. A probe
-    of S3 is one put. If only jobs of the detail pool are due, a call of the API precedes it.
+    of S3 is one put, at most two requests. If only jobs of the detail pool are due, a call of the
+    API precedes it.
     """
 
     name = "upstream"
@@ -1742,14 +1743,15 @@ class Archiver:
     """Two pools of worker threads, and a dispatcher that gives them jobs.
 
     At first a job's step is its source: the store pool puts what arrived. That needs S3 alone, so
-    an API that hangs does not hold up webhooks. The next steps are the detail pool's: "events"
-    (only Hawk has some) and "alerts", the detail. Then the job is done, and is deleted. A step
-    decides the job's lane (`Job.lane`, also a column), and each lane belongs to one pool. A new
-    kind of object is put by `_archive`, under a key of `name_of`.
+    an API that hangs does not hold up webhooks. The next steps are the detail pool's, which needs
+    both upstreams: "events" (only Hawk has some) and "alerts", the detail. Then the job is done,
+    and is deleted. `_archive` sets the step, `Queue.settle` records it, and the dispatcher takes
+    the job again for the pool of its new lane (`Job.lane`, also a column). A new kind of object is
+    put by `_archive` before the detail, under a key of `name_of`.
 
-    After an error `_put_off` retries the job later. An alert that the API does not know (404) for
-    an hour, or that fails for give_up_after while others succeed, is marked failed. It stays in
-    the queue, and `ts3d retry` retries it.
+    After an error `_put_off` retries the job later. If, while others succeed, an alert has 404 for
+    an hour, or any error for give_up_after, it is marked failed. It stays in the queue, and
+    `ts3d retry` retries it.
     """
 
     def __init__(self, config: Config, queue_: Queue):
@@ -2301,6 +2303,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def health(self) -> None:
         """Answer what is queued. Raises QueueError unless the queue takes writes."""
+        sleep(0.05)  # it needs no token: clients that ask without a pause delay no webhook
         for name in ("queued", "failed", "oldest_seconds"):
             self.payload[name] = self.server.queue.facts[name]
         self.server.queue.require_writable()
@@ -2396,6 +2399,7 @@ LONGEST_TURN = 20.0  # seconds of a thread's turn without a call of an upstream
 LONGEST_CALL = 600.0  # seconds of one with calls, beside Threat Stack's time-out
 # By thread: when it makes progress at the latest (monotonic clock).
 PROGRESS_BY: dict[str, float] = {}
+FATAL: list[Exception] = []  # errors that end the process
 
 
 def expect_progress_within(limit: float) -> None:
@@ -2403,11 +2407,8 @@ def expect_progress_within(limit: float) -> None:
     PROGRESS_BY[current_thread().name] = monotonic() + limit
 
 
-FATAL: list[Exception] = []  # what ends the process
-
-
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> Thread:
-    """Start a thread that does not keep the process from ending; its own end by an error does."""
+    """Start a daemon thread. If an error ends the thread, `supervise` ends the process."""
 
     def run() -> None:
         try:
@@ -2462,7 +2463,8 @@ def open_queue(config: Config) -> closing[Queue]:
 def serve(config: Config) -> int:
     """Run the daemon, the default command: listen, queue, archive, until SIGTERM or SIGINT.
 
-    Example: ts3d serve. Exit codes: 0 stopped, 1 failed, 2 wrong usage, 78 wrong configuration.
+    A stop finishes requests, then jobs, within 7 s. Example: ts3d serve. Exit codes: 0 stopped, 1
+    failed, 2 wrong usage, 78 wrong configuration.
     """
     if config.workers:
         require_upstreams(config)

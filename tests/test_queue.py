@@ -132,13 +132,7 @@ def test_what_is_queued_with_an_id_is_not_read_whole_for_another_body(queue):
 
 def test_lanes_steps_and_outcomes(queue):
     """A job goes on at its step, behind those that are due earlier; what became of it is seen before it is on disk."""
-    put = [job("one"), job("two"), job("three")]
-    queue.put(put)
-
-    def refreshed():
-        queue.refresh(put)
-        return [each.error_message or each.done for each in put]
-
+    queue.put(put := [job("one"), job("two"), job("three")])
     one, two = queue.take("store", 2)
     assert [(each.id, each.body) for each in (one, two)] == [("one", b""), ("two", b"")], "bodies stay on disk"
     one.step = "alerts"
@@ -150,12 +144,14 @@ def test_lanes_steps_and_outcomes(queue):
     assert queue.take("store", 9) == queue.take("detail", 9) == []
     one.failed, one.error_type, one.error_message = True, "x", "because"
     queue.settle(one)
-    assert refreshed() == ["because", False, False]
+    queue.refresh(put)
+    assert [each.error_message or each.done for each in put] == ["because", False, False]
     two.done = True
     queue.settle(two)
-    assert refreshed() == ["because", True, False]
-    assert committed(queue) == (1, 1)
-    assert refreshed() == ["because", True, False]
+    for _ in ("in memory", "on disk"):
+        queue.refresh(put)
+        assert [each.error_message or each.done for each in put] == ["because", True, False]
+        assert committed(queue) == (1, 1)
     assert [queue.retry(name) for name in ("one", "three", "four")] == [1, 0, 0]
     assert committed(queue) == (2, 0)
     assert [each.id for each in queue.take("detail", 9)] == ["one"]
