@@ -121,8 +121,8 @@ UNITS = {  # by kind of number
     "bytes": {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40},
     "count": {"": 1},
 }
-# Section and name, default, kind of value with limits, meaning, which is also in ts3d.conf. A
-# secret is never shown, and NAME_file may name a file that holds it.
+# Section and name, default, kind and limits, and the meaning, which is also in ts3d.conf. A secret
+# is never shown, and NAME_file may name a file that holds it.
 Option = namedtuple("Option", "section name default secret kind low high meaning")
 OPTIONS = [
     Option(*row)
@@ -153,7 +153,7 @@ s3.endpoint_url =                  url                    S3 endpoint; by defaul
 queue.path =                       path                   the SQLite file
 queue.max_size = 1G                bytes 1 to 1024T       bytes of queued alerts
 archive.workers = 16               count 0 to 1024        alerts archived at once
-archive.give_up_after = 7d         seconds 0 to 11574d    time an alert may fail
+archive.give_up_after = 7d         seconds 0 to 11575d    time an alert may fail
 log.level = INFO                   level                  lowest level that is logged
 """,
     )
@@ -176,7 +176,7 @@ Config = SimpleNamespace
 
 
 def parse(kind: str, text: str, low: str = "0", high: str = "0") -> Any:
-    """Return what a text of this kind means, a number from `low` to `high`. Raises ValueError."""
+    """Return a text's value; a number must be from `low` to `high`. Raises ValueError."""
     if units := UNITS.get(kind):
         value = amount(text, units)
         if not amount(low, units) <= value <= amount(high, units):
@@ -251,7 +251,7 @@ def read_text(path: str, where: str) -> str:
 
 
 def load_option(config: Config, option: Any, section: Json) -> None:
-    """Set an option, which is taken out of its section, or its default. Raises ConfigError."""
+    """Set an option from environment, section (which loses it) or default. Raises ConfigError."""
     where = f"[{option.section}] {option.name}"
     variable = ENVIRONMENT.get(option.name, "")
     text = section.pop(option.name, None)
@@ -374,12 +374,12 @@ def in_journal() -> bool:
 
 
 def log_event(severity: int, message: str, **fields: Any) -> None:
-    """Log a message and its fields, as `key=value` (logfmt); fields that are None are left out."""
+    """Log a message and its fields, as `key=value` (logfmt); empty fields are left out."""
     for name, value in fields.items():
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        if not text or re.search(r'[\s"=]', text):
+        if re.search(r'[\s"=]', text):
             text = dumps(text, ensure_ascii=False)
-        if value is not None:
+        if value not in (None, ""):
             message += f" {name}={text}"
     log.log(severity, message)
 
@@ -466,7 +466,7 @@ class Malformed(Exception):
 
 @dataclass
 class Job:
-    """An alert to archive, or a rejected body. An invalid alert is one with an error, never queued.
+    """An alert to archive, or a rejected body. An invalid alert has an error.
 
     `minute` is YYYY/MM/DD/HH/MM in UTC. `source` says which objects it consists of, `step` which of
     them is next. `due` and `failed_at` are times of the monotonic clock, `received` and
@@ -585,7 +585,7 @@ def read_alert(
 
     `place` says where it is, `time_name` names the member with its time.
     """
-    job = Job("", minute_of(time()), source, source, text.encode())
+    job = Job("", "", source, source, text.encode())
     job.error_type, job.error_message = "invalid_alert", f"{place}: not an object"
     if not isinstance(alert, tuple):
         return job
@@ -605,7 +605,7 @@ def read_alert(
         if cause:
             job.error_message = f"{place}.{name}: {cause}".lstrip(".")
             return job
-    job.error_type = None
+    job.error_type = job.error_message = None
     return job
 
 
@@ -746,7 +746,7 @@ class Queue:
             AND other.step = jobs.step AND other.number < jobs.number)
         ORDER BY due, number LIMIT ?"""
     DELETE = "DELETE FROM jobs WHERE number = :number"
-    ERRORS = """SELECT number, id, minute, source, step, error_type, error_message FROM jobs
+    ERRORS = """SELECT number, error_type, error_message, 0 AS done FROM jobs
         WHERE number IN (SELECT value FROM json_each(?))"""
     QUEUED = "SELECT id FROM jobs WHERE failed = 0 AND id = ?"
     # SQLite takes the bare columns from the row that min() finds.
@@ -1031,8 +1031,7 @@ class Queue:
             "max_size": self.max_size,
             "disk": shutil.disk_usage(self.path).free,
         }
-        row = self._db.execute(self.LOOK, values).fetchone()
-        self.facts: dict[str, float] = dict(row)
+        self.facts: dict[str, float] = dict(self._db.execute(self.LOOK, values).fetchone())
 
     # Reading --------------------------------------------------------------------------------------
 
@@ -1067,7 +1066,7 @@ class Queue:
         """Set `done` and the last error of jobs that were put. Raises QueueError."""
         with self._lock:
             rows = self.read(self.ERRORS, dumps([job.number for job in jobs]))
-            queued = {row["number"]: Job(**row) for row in rows}
+            queued = {row["number"]: SimpleNamespace(**row) for row in rows}
             for job in jobs:
                 now = self._taken.get(job.number) or queued.get(job.number)
                 job.done = not now or now.done
@@ -1403,13 +1402,12 @@ def hawk(config: Config, target: str) -> str:
     path = target.split("/", 3)[3]
     now, nonce, ext = int(time()), secrets.token_urlsafe(9), config.organization_id
     text = f"hawk.1.header\n{now}\n{nonce}\nGET\n/{path}\n{parts.hostname}\n{port}\n\n{ext}\n"
-    digest = hmac.digest(config.api_key.encode(), text.encode(), "sha256")
-    mac = b64encode(digest).decode()
+    mac = b64encode(hmac.digest(config.api_key.encode(), text.encode(), "sha256")).decode()
     return f'Hawk id="{config.user_id}", ts="{now}", nonce="{nonce}", ext="{ext}", mac="{mac}"'
 
 
 def is_expected(body: bytes, path: str, id_: str | None) -> bool:
-    """Return whether a body is what `path` has, with `id_` that alert's. Raises Malformed."""
+    """Return whether a body is what `path` returns; with `id_` that alert's. Raises Malformed."""
     _, value = read_json(body)
     if isinstance(value, list):
         return id_ is None
@@ -1786,7 +1784,7 @@ class Archiver:
             thread.join(max(0.0, deadline - monotonic()))
 
     def wait_until_archived(self, jobs: list[Job]) -> None:
-        """Wait for these jobs, at most [server] wait; set `done`, or the error that they wait for.
+        """Wait for these jobs, at most [server] wait; set `done`, or the error that delays them.
 
         Waits no longer once an upstream is unavailable.
         """
@@ -2049,8 +2047,7 @@ class Server:
         """
         with self._lock:
             for connection, (phase, since) in list(self._phases.items()):
-                excess = len(self._phases) > self.config.max_connections
-                if excess and phase != "answering":
+                if phase != "answering" and len(self._phases) > self.config.max_connections:
                     del self._phases[connection]
                     shut_down(connection, socket.SHUT_RDWR)
                     debug("connection closed: more than [server] max_connections")
@@ -2135,7 +2132,7 @@ class Handler(BaseHTTPRequestHandler):
             severity = logging.DEBUG
         if is_local(self.client_address):
             forwarded = self.fields["x-forwarded-for"].rpartition(",")[2].strip()
-            self.notes["forwarded_for"] = forwarded or None
+            self.notes["forwarded_for"] = forwarded
         path = self.path.partition("?")[0][:200]  # the query may have the token
         log_event(
             severity,
@@ -2303,7 +2300,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def health(self) -> None:
         """Answer what is queued. Raises QueueError unless the queue takes writes."""
-        sleep(0.05)  # it needs no token: clients that ask without a pause delay no webhook
+        sleep(0.05)  # it needs no token: a client that asks without a pause gets 20 a second
         for name in ("queued", "failed", "oldest_seconds"):
             self.payload[name] = self.server.queue.facts[name]
         self.server.queue.require_writable()
@@ -2413,7 +2410,7 @@ def start_thread(name: str, target: Callable[..., None], *args: Any) -> Thread:
     def run() -> None:
         try:
             target(*args)
-        except ConfigError as error:
+        except Exception as error:  # of any kind: this thread's work is not done any more
             FATAL.append(error)
         except BaseException as error:
             text = f"thread {name} ended: {error!r}. A restart continues its work"
@@ -2619,8 +2616,8 @@ def status(config: Config, failed: bool, as_json: bool) -> int:
     configuration.
     """
     with open_queue(config) as queue_:
-        report: Json = {"running": running(config.path), **queue_.facts}
-        report["causes"] = queue_.problems()
+        report: Json = {"running": running(config.path), "causes": queue_.problems()}
+        report |= queue_.facts
         if failed:
             report["failures"] = [loads(row[0]) for row in queue_.read(Queue.FAILED)]
     if as_json:
@@ -2671,8 +2668,7 @@ def retry(config: Config, ids: list[str]) -> int:
         counts = {id_: queue_.retry(id_) for id_ in set(ids) or [""]}
     print(f"{sum(counts.values())} queued again")
     if missing := [id_ for id_ in ids if not counts[id_]]:
-        text = "there is no failed alert {}. List failed alerts: ts3d status --failed"
-        raise QueueError(text.format(" ".join(missing)))
+        raise QueueError(f"no alert {' '.join(missing)} has failed. Check: ts3d status --failed")
     return 0
 
 
@@ -2779,13 +2775,14 @@ def wait_for_room(queue_: Queue) -> None:
 
 def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> None:
     """Queue those of a page's alerts that S3 lacks. Raises QueueError, UpstreamError."""
-    alerts, missing = list(literals(page)), []
+    alerts, missing = list(enumerate(literals(page), counts["listed"])), {}
     counts["listed"] += len(alerts)
     time_name = "createdAt" if s3.config.auth == "hawk" else "created_at"
-    for i, (value, literal) in enumerate(alerts):
+    for i, (value, literal) in alerts:
         job = read_alert(literal, value, f"alerts[{i}]", time_name, "backfill")
-        if job.error_type:  # perhaps its time, which is only for the key: the API has the detail
+        if job.error_type:
             log_error("backfill: invalid alert", id=job.id, error=job.error_message)
+            job.minute = minute_of(time())  # if only its time is invalid, it is queued
         # In this order: an alert that leaves the queue in between is in S3.
         if not ALERT_ID.fullmatch(job.id):
             counts["invalid"] += 1
@@ -2794,8 +2791,8 @@ def queue_missing(page: str, queue_: Queue, s3: S3, counts: Counter[str]) -> Non
         elif insist(s3.exists, name_of("alerts", job)):
             counts["archived"] += 1
         else:
-            missing.append(job)
-    queue_.put(missing)
+            missing[job.id] = job
+    queue_.put(list(missing.values()))
     counts["queued"] += len(missing)
 
 
