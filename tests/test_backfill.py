@@ -175,16 +175,16 @@ def test_an_outage_is_made_good(make, s3, api):
 
 
 def test_without_a_daemon(make, s3, api):
-    """What is queued, by a webhook too, is not queued again."""
+    """What is queued, by a webhook too, is not queued again; what is twice on a page is queued once."""
     daemon = make(archive__workers="0", start=True)
     daemon.post({"alerts": [alert(3)]})
     daemon.stop()
-    api.lists["active"] = [listed(n) for n in range(150)]
-    assert backfill(daemon) == summary(150, waiting=1, queued=149)
-    found = [(f"alert-{n:06}", "backfill", api.lists["active"][n][1]) for n in range(150) if n != 3]
+    api.lists["active"] = [listed(n) for n in (*range(51), *range(50, 150))]
+    assert backfill(daemon) == summary(151, waiting=1, queued=149)
+    found = [(f"alert-{n:06}", "backfill", api.lists["active"][n + (n >= 50)][1]) for n in range(150) if n != 3]
     assert queued(daemon)[1:] == found
     assert queued(daemon)[0][:2] == ("alert-000003", "webhooks")
-    assert backfill(daemon) == summary(150, waiting=150)
+    assert backfill(daemon) == summary(151, waiting=151)
     assert len(queued(daemon)) == 150
     daemon.set(archive__workers=None)
     daemon.start()
