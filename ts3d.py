@@ -100,7 +100,7 @@ KINDS = {  # by kind of value: the pattern that it matches, and how an error nam
     "token": (
         r"\s*[A-Za-z0-9._~+/=-]{16,}(\s+[A-Za-z0-9._~+/=-]{16,})*\s*",
         "a token. It needs at least 16 characters, only of A-Z a-z 0-9 - . _ ~ + / =, because it "
-        "must fit into a URL as it is (RFC 6750). Write several one a line. Create: openssl rand "
+        "must fit into a URL as it is (RFC 6750). Write one a line. Create one: openssl rand "
         "-hex 32",
     ),
     "word": ("[!-~]+", "one word of visible ASCII characters"),
@@ -279,14 +279,14 @@ def load_option(config: Config, option: Any, section: Json) -> None:
         shown = "" if option.secret else f" = {value!r}"
         raise ConfigError(f"{config.file}: {where}{shown}: {error}") from None
     setattr(config, option.name, value)
-    if option.secret:  # a shorter secret would be found by chance, and reveal itself so
+    if option.secret:  # a shorter one would match by chance, and so be revealed
         SECRETS.extend(re.findall(r"\S{8,}", value))
 
 
 def refuse_quotes(text: str) -> None:
     """Raise ValueError for quotes and comments, which an INI file takes for parts of the value."""
     if fullmatch(r"(?s)\s*([\"']).*\1\s*|.*\s[#;].*", text):
-        raise ValueError("a value has no quotes around it and no comment behind it. Remove them")
+        raise ValueError("a value has no quotes around it and no comment after it. Remove them")
 
 
 def refuse_unknown(path: str, sections: Json) -> None:
@@ -300,7 +300,7 @@ def refuse_unknown(path: str, sections: Json) -> None:
             likely = nearest(name, known)
             # What does not look like a name may be a secret's second line that is not indented.
             if not fullmatch("[A-Za-z_]{1,30}", name):
-                name = "in a line that is not indented, or misspelt"
+                name = "in a line that is not indented, or misspelt. Correct it"
             raise ConfigError(f"{path}: [{section}] unknown option {name}{likely}")
 
 
@@ -336,7 +336,7 @@ def load_tls(config: Config) -> None:
 # --------------------------------------------------------------------------------------------------
 # Log
 
-# sd-daemon(3)'s, of DEBUG (10), INFO (20), WARNING, ERROR and CRITICAL: journald reads them
+# The priorities in sd-daemon(3) for DEBUG (10) to CRITICAL (50), which journald reads
 PRIORITIES = "?76432"
 
 
@@ -344,7 +344,7 @@ def start_log(lowest: str) -> None:
     """Log to standard error, from this level on."""
     handler = logging.StreamHandler()
     handler.format = log_line  # type: ignore[method-assign]
-    # A log that cannot be written must not end what is logged.
+    # If the log cannot be written, the process must go on.
     logging.raiseExceptions = False
     # Other libraries from WARNING on: botocore's DEBUG lines have signatures and bodies.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -650,7 +650,7 @@ KNOWN_FAILURES = {  # text and type of a QueueError, by SQLite's name
         "queue_locked",
     ),
     "SQLITE_FULL": (
-        "the queue's disk has less than 16M free; webhooks are answered 503. Free some",
+        "the queue's disk has less than 16M free; webhooks get 503. Free some space",
         "disk_full",
     ),
 }
@@ -669,11 +669,11 @@ class Queue:
     """Jobs in a SQLite file.
 
     `put` and `retry` return once their change is on disk: after the commit, with `synchronous =
-    FULL`. What became of a job (`settle`) stays in memory, from which it is taken again, until the
-    next commit that succeeds. So a full disk stops the archive only after MAX_TAKEN jobs. One
-    thread writes (`_write_all`): all that waits is one transaction and one fsync. Dispatcher,
-    workers and HTTP threads read, by `read`; so do commands, which have a writer of their own. A
-    taken job is only remembered in memory: after a crash it is due again.
+    FULL`. A job's outcome (`settle`) stays in memory, where `take` finds the job, until a commit
+    succeeds. So a full disk stops the archive only after MAX_TAKEN jobs. One thread writes
+    (`_write_all`): waiting writes share a transaction and an fsync. Dispatcher, workers and HTTP
+    threads read, by `read`; so do commands, which have a writer of their own. A taken job is only
+    remembered in memory: after a crash it is due again.
 
     `facts` for `status --json`, /healthz and /metrics are of the last look, at most a second ago.
     """
@@ -714,7 +714,7 @@ class Queue:
         CREATE TABLE notes (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
         PRAGMA user_version = 2;"""
     # The monotonic clock of an earlier process means nothing. If the bucket or prefix has changed,
-    # what is queued is archived there as a whole: else an alert would be divided.
+    # each queued alert is archived there as a whole, not split between the two.
     START = """
         UPDATE jobs SET due = 0, failed_at = 0 WHERE failed = 0 AND due > 0;
         UPDATE jobs SET step = source
@@ -759,8 +759,8 @@ class Queue:
         'error', json_object('type', error_type, 'message', error_message,
             'since', strftime('%Y-%m-%dT%H:%M:%fZ', error_since, 'unixepoch')))
         FROM jobs WHERE failed = 1 ORDER BY number"""
-    # Errors from which SQLite recovers by itself. Any other ends the process; so does an unlock
-    # that failed: until it is closed, SQLite then believes that it holds the lock.
+    # Errors from which SQLite recovers by itself. Any other ends the process; so does a failed
+    # unlock: until the file is closed, SQLite believes that it holds the lock.
     RECOVERABLE = re.compile(
         "SQLITE_(FULL|BUSY|LOCKED|CANTOPEN|NOMEM|READONLY(?!_DBMOVED)|IOERR(?!_UNLOCK|_CORRUPTFS))"
         "|OSError"
@@ -774,8 +774,8 @@ class Queue:
         self.path, self.max_size, self.place = path, max_size, place
         self.error: QueueError | None = None  # why the last transaction failed
         self._lock = RLock()  # for _reader and _taken
-        # Jobs that are not on disk as they are, by number: None while a worker has one, then what
-        # became of it.
+        # Jobs whose state is not on disk, by number: None while a worker has the job, then its
+        # outcome.
         self._taken: dict[int, Job | None] = {}
         self._inbox: deque[tuple[Write, Future[Any]]] = deque()
         self._wake = Event()
@@ -787,8 +787,8 @@ class Queue:
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(
                 f"[queue] path = {path} cannot be written: {error}. If there is no queue yet, "
-                "start the daemon, which creates it; else name a file on a local disk, that this "
-                "user may write, with 16M free"
+                "start the daemon to create it. Or name a file that this user may write, on a "
+                "local disk with 16M free"
             ) from None
         self.writer = start_thread("queue", self._write_all)
 
@@ -797,7 +797,7 @@ class Queue:
         if self.place:
             # Not SQLite's file: closing any descriptor of that would drop SQLite's locks.
             self._lock_file = create_file(self.path + ".lock")
-            deadline = monotonic() + 1  # `running` of another process holds it shortly
+            deadline = monotonic() + 1  # `running` of another process holds it briefly
             while not try_lock(self._lock_file, fcntl.LOCK_EX):
                 if monotonic() > deadline:
                     text = "another `ts3d serve` uses this queue. Stop that one first"
@@ -811,9 +811,8 @@ class Queue:
         ).fetchone()
         if version != 2 and (version or tables or not self.place):
             raise ConfigError(
-                f"[queue] path = {self.path} is not ts3d's, or of another version ({version}, not "
-                "2). Name another, or run the ts3d that made it until nothing is queued, and then "
-                "remove the file"
+                f"[queue] path = {self.path} is not ts3d's, or has another version ({version}, not "
+                "2). Name another file, or drain it with the ts3d that made it, then remove it"
             )
         if self.place:
             self._db.execute("PRAGMA journal_mode = WAL").close()
@@ -875,7 +874,7 @@ class Queue:
         return int(self._write(lambda db: db.execute(self.RETRY, {"id": id_}).rowcount))
 
     def backfilled(self, until: float = 0.0) -> float:
-        """Return until when backfill has seen all (0: never), or note it. Raises QueueError."""
+        """Return or set the time until which backfill is done (0: never). Raises QueueError."""
         if until:
             note = "INSERT OR REPLACE INTO notes VALUES ('backfilled', ?)"
             self._write(lambda db: db.execute(note, (until,)))
@@ -883,7 +882,7 @@ class Queue:
         return float(rows[0]["value"] if rows else 0)
 
     def settle(self, job: Job) -> None:
-        """Have what became of a taken job written with the next commit. Waits for nothing."""
+        """Write a taken job's outcome with the next commit. Does not wait for that commit."""
         with self._lock:
             self._taken[job.number] = job
         if len(self._taken) >= 100:
@@ -908,7 +907,7 @@ class Queue:
         if size + max(length, min(64 << 10, self.max_size // 16)) > self.max_size:
             raise QueueError(
                 f"the queue is full: {size} of [queue] max_size = {self.max_size} bytes. Correct "
-                f"what keeps alerts from S3, or raise it{hint}",
+                f"what ts3d status shows, or raise max_size{hint}",
                 "queue_full",
             )
         if self.facts["disk_free_bytes"] < MIN_DISK_FREE + length:
@@ -1011,7 +1010,7 @@ class Queue:
         if not self.RECOVERABLE.match(name):
             FATAL.append(failure)
         if not self.error:
-            log_error("queue unavailable, webhooks are answered 503", error=failure)
+            log_error("queue unavailable, webhooks get 503", error=failure)
         self.error = failure
         return failure
 
@@ -1189,7 +1188,7 @@ threatstack_unauthorized
 threatstack_forbidden
     Allow [threatstack] api_key to read alerts
 threatstack_(not_found|wrong_detail|bad_answer)
-    The API may lag. If all alerts fail so, check [threatstack] base_url
+    The API may lag. If every alert fails, check [threatstack] base_url
 threatstack_rate_limited
     No action needed: ts3d waits as long as the API asks
 s3_403
@@ -1306,7 +1305,7 @@ class CircuitBreaker:
     `kind_of_error` says which errors open it. While it is open, one job may call the upstream every
     1 to 8 s, or after Retry-After: the probe. It is the job that is due first, and a job that
     failed is due later than others. So one alert that always fails cannot stop the others. A probe
-    of S3 is one put, at most two requests. If only jobs of the detail pool are due, a call of the
+    of S3 is one put, at most two requests. If only jobs of the detail pool are due, a call to the
     API precedes it.
     """
 
@@ -1342,7 +1341,7 @@ class CircuitBreaker:
         took = monotonic() - started
         debug(f"{self.name} {function.__name__}", of=args[0], seconds=took)
         if took > SLOW_CALL:
-            warning(f"{self.name} is slow. Check whether all addresses of its name answer")
+            warning(f"{self.name} is slow. Check that every IP of its host name answers")
         return result
 
     def success(self, started: float) -> None:
@@ -1580,8 +1579,8 @@ class S3(CircuitBreaker):
         except Exception as error:  # boto3's exceptions have no common class
             raise self._failure(error) from None
         self.endpoint = client.meta.endpoint_url.rstrip("/")
-        # With the bucket's name in the endpoint keys would begin with it. But a host that is not a
-        # store's may be named like its bucket.
+        # If the endpoint contained the bucket's name, keys would begin with it. But a private host
+        # may be named like its bucket.
         name = re.escape(self.config.bucket)
         pattern = rf"(?<=://){name}\.(?=.*(s3|spaces|storage))|/{name}$"
         right = re.sub(pattern, "", self.endpoint)
@@ -1741,9 +1740,9 @@ class Archiver:
     """Two pools of worker threads, and a dispatcher that gives them jobs.
 
     At first a job's step is its source: the store pool puts what arrived. That needs S3 alone, so
-    an API that hangs does not hold up webhooks. The next steps are the detail pool's, which needs
-    both upstreams: "events" (only Hawk has some) and "alerts", the detail. Then the job is done,
-    and is deleted. `_archive` sets the step, `Queue.settle` records it, and the dispatcher takes
+    an API that hangs does not hold up webhooks. The detail pool, which needs both upstreams, does
+    the next steps: "events" (only with Hawk) and "alerts", the detail. Then the job is done, and
+    is deleted. `_archive` sets the step, `Queue.settle` records it, and the dispatcher takes
     the job again for the pool of its new lane (`Job.lane`, also a column). A new kind of object is
     put by `_archive` before the detail, under a key of `name_of`.
 
@@ -1819,7 +1818,7 @@ class Archiver:
         while not self.stopping:
             expect_progress_within(LONGEST_TURN)
             self.wake.clear()
-            # The store pool first: its probe of S3 needs no call of the API.
+            # The store pool first: its probe of S3 needs no call to the API.
             for pool in filter(is_low, self.pools):
                 for lane in pool.lanes:
                     with suppress(QueueError):  # logged
@@ -1903,7 +1902,7 @@ class Archiver:
         failed_before, job.failed_at = job.failed_at, monotonic()
         if job.error_type != error.type:
             job.error_since = time()
-            if error.type == NOT_FOUND:  # its hour is one of 404s
+            if error.type == NOT_FOUND:  # the hour is for 404s
                 failed_before = job.failing = 0.0
         job.error_type, job.error_message = error.type, str(error)
         add("ts3d_retries_total", label=f'{{upstream="{error.upstream}"}}')
@@ -1925,8 +1924,13 @@ class Archiver:
             return log_error("alert marked failed", id=job.id, tries=job.tries, error=error)
         pause = max(backoff(job.tries - 1, 0, MAX_RETRY_PAUSE), error.retry_after)
         job.due = job.failed_at + pause
-        text = "alert failed, will be retried"
-        warning(text, id=job.id, tries=job.tries, retry_seconds=pause, error=error)
+        warning(
+            "alert failed, will be retried",
+            id=job.id,
+            tries=job.tries,
+            retry_seconds=pause,
+            error=error,
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2042,7 +2046,7 @@ class Server:
     def _limit(self) -> None:
         """End phases that take too long, and connections beyond max_connections.
 
-        Of these it closes that which has been idle or slow for longest. A late request is read no
+        It first closes connections that were idle or slow for longest. A late request is read no
         further, so that it can be answered.
         """
         with self._lock:
@@ -2056,7 +2060,7 @@ class Server:
 
     def stop(self, deadline: float) -> None:
         """Wait until `deadline` (monotonic clock) for requests that are being answered."""
-        # A request may be on its way to a connection that became idle just now.
+        # A request may be on its way on a connection that has just become idle.
         self._limits["idle"] = 0.3
         while self._phases and monotonic() < deadline:
             self._limit()
@@ -2392,8 +2396,8 @@ def url_of(sock: socket.socket, scheme: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # Threads and systemd
 
-LONGEST_TURN = 20.0  # seconds of a thread's turn without a call of an upstream
-LONGEST_CALL = 600.0  # seconds of one with calls, beside Threat Stack's time-out
+LONGEST_TURN = 20.0  # seconds of a thread's turn without a call to an upstream
+LONGEST_CALL = 600.0  # seconds of a turn with calls, plus [threatstack] timeout
 # By thread: when it makes progress at the latest (monotonic clock).
 PROGRESS_BY: dict[str, float] = {}
 FATAL: list[Exception] = []  # errors that end the process
@@ -2610,7 +2614,7 @@ def rfc_3339(moment: float) -> str:
 def status(config: Config, failed: bool, as_json: bool) -> int:
     """Show queued and failed alerts, and current problems: the last errors of jobs in the queue.
 
-    It reads the queue's file and calls nothing. So an unavailable upstream shows once a job failed.
+    It reads the queue's file and calls no upstream. An outage shows once a job's try has failed.
 
     Example: ts3d status --failed. Exit codes: 0 no problem, 1 a problem, 2 wrong usage, 78 wrong
     configuration.
@@ -2693,7 +2697,7 @@ def backfill(config: Config, since: float | None, until: float | None) -> int:
     configuration, 130 stopped.
     """
     require_upstreams(config)
-    # What ends a run loses nothing: what it queued is on disk, and the next run finds the rest.
+    # A run that is stopped loses nothing: its alerts are on disk; the next run finds the rest.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threatstack, s3 = ThreatStack(config), S3(config)
     counts, how = Counter[str](), " failed"
@@ -2807,7 +2811,7 @@ DESCRIPTION = """Archives Threat Stack's alerts in AWS S3.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration."""
 BACKFILL_FROM = """a time (RFC 3339), a date (UTC) or an age such as 2h; default: an hour before the
-end of the last complete run, at first 24 hours ago"""
+end of the last complete run, or else 24 hours ago"""
 
 
 def parse_arguments(arguments: list[str] | None) -> Json:

@@ -186,7 +186,7 @@ TEXTS = {
     "put_object__StorageClass": "STANDARD_IA",
     "put_object__Tagging": "a=b",
 }
-QUOTED = "a value has no quotes around it and no comment behind it"
+QUOTED = "a value has no quotes around it and no comment after it"
 
 
 @pytest.mark.parametrize(

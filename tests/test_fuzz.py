@@ -137,8 +137,8 @@ def exchange(address, pieces, shut):
     with socket.create_connection(address, 10) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         received = b""
-        # A reset may follow the last answer of all, where there is more behind it.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        # A reset may follow the last answer of all, where there is more behind it; then it is not connected any more.
+        with contextlib.suppress(OSError):
             for piece in pieces:
                 sock.sendall(piece)
             if shut:
