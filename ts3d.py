@@ -1341,7 +1341,7 @@ class CircuitBreaker:
         took = monotonic() - started
         debug(f"{self.name} {function.__name__}", of=args[0], seconds=took)
         if took > SLOW_CALL:
-            warning(f"{self.name} is slow. Check that every IP of its host name answers")
+            warning(f"{self.name} is slow. Check that every address of its host name answers")
         return result
 
     def success(self, started: float) -> None:
