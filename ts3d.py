@@ -2416,7 +2416,7 @@ def start_thread(name: str, target: Callable[..., None], *args: Any) -> Thread:
             target(*args)
         except Exception as error:  # of any kind: this thread's work is not done any more
             FATAL.append(error)
-        except BaseException as error:
+        except BaseException as error:  # nothing else watches this thread
             text = f"thread {name} ended: {error!r}. A restart continues its work"
             FATAL.append(RuntimeError(text))
 
