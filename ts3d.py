@@ -812,7 +812,7 @@ class Queue:
         if version != 2 and (version or tables or not self.place):
             raise ConfigError(
                 f"[queue] path = {self.path} is not ts3d's, or has another version ({version}, not "
-                "2). Name another file, or drain it with the ts3d that made it, then remove it"
+                "2). Name another, or drain this one with the ts3d that made it, then remove it"
             )
         if self.place:
             self._db.execute("PRAGMA journal_mode = WAL").close()
@@ -1845,7 +1845,7 @@ class Archiver:
             try:
                 if job.probe or not any(upstream.open_for for upstream in pool.upstreams):
                     self._archive(job)
-            except ConfigError:
+            except ConfigError:  # no retry helps: it ends the process
                 raise
             except UpstreamError as error:
                 self._put_off(job, error)
